@@ -1,0 +1,26 @@
+"""evalkit: run a function over many parameter sets on any engine, with one contract, and lose nothing."""
+
+from evalkit.callbacks.base import Callback
+from evalkit.engine.retry import RetryPolicy
+from evalkit.errors import EvalkitError
+from evalkit.evaluator import Evaluator
+from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobState, JobStatus
+from evalkit.running import RunningJob, call_with_kwargs
+
+__all__ = [
+    "Callback",
+    "CancelOutcome",
+    "ErrorInfo",
+    "EvalkitError",
+    "Evaluator",
+    "Job",
+    "JobCause",
+    "JobState",
+    "JobStatus",
+    "RetryPolicy",
+    "RunningJob",
+    "__version__",
+    "call_with_kwargs",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,193 @@
+"""AsyncBackend: the door for engines that are spoken to with ``async``: HTTP services, batch systems, shell commands."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
+from evalkit.backends.execution import LocalChannel, failed, identity
+from evalkit.errors import BackendError
+from evalkit.job import ErrorInfo, JobCause
+from evalkit.running import RunningJob
+
+__all__ = ["AsyncBackend"]
+
+_HOLD = 0.001  # seconds that the end of a job may wait for the ends of others
+
+
+class AsyncBackend(Backend):
+    """A backend of which an author writes ``async def execute(self, job)``; all the rest is here.
+
+    ``execute`` runs on one private loop thread, at most ``num_workers`` times at once. Being cancelled
+    (``asyncio.CancelledError``) is how a job is killed: let go of what it uses, and raise it on. ``open`` and ``shut`` may be
+    overridden to hold a session; both run on the loop.
+
+    Attributes:
+        run_function: the user's function, for a backend that runs it or ships it.
+    """
+
+    capabilities = Capabilities(streams=True)
+    run_function: RunFunction
+
+    def __init__(self, num_workers: int) -> None:
+        super().__init__(num_workers)
+        self._tasks: deque[Task] = deque()
+        self._lock = threading.Lock()
+        self._events: list[Event] = []
+        self._events_since = 0.0
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._lanes: set[asyncio.Task[None]] = set()
+
+    @abstractmethod
+    async def execute(self, job: RunningJob) -> Any:
+        """Run one job and return its output; what it raises makes the job FAILED/EXCEPTION."""
+
+    async def open(self) -> None:
+        """Called on the loop before the first job. What it raises is raised by ``Evaluator.create``."""
+
+    async def shut(self) -> None:
+        """Called on the loop after the last job."""
+
+    @property
+    def capacity(self) -> int:
+        # The lanes find the next task without asking the evaluator, and it refills them in bulk.
+        return 64 * self.num_workers
+
+    # -- what the evaluator calls ---------------------------------------------------------------------------------
+
+    def start(self, run_function: RunFunction, emit: Emit) -> None:
+        self.run_function = run_function
+        self._emit = emit
+        self._channel = LocalChannel(emit)
+        self._worker = identity("async-0")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="evalkit-async", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self.open(), self._loop).result()
+        except Exception as exc:
+            self._end_loop()
+            raise BackendError(f"{type(self).__name__} cannot start: {type(exc).__name__}: {exc}") from exc
+
+    def dispatch(self, tasks: Sequence[Task]) -> None:
+        with self._lock:
+            self._tasks.extend(tasks)
+        self._loop.call_soon_threadsafe(self._fill_lanes)
+
+    def cancel(self, job_id: str, kill: bool) -> None:
+        with self._lock:
+            waiting = [task for task in self._tasks if task.id == job_id]
+            for task in waiting:
+                self._tasks.remove(task)
+        if waiting:
+            self._emit([Cancelled(job_id)])
+            return
+        self._channel.request_stop(job_id)
+        if kill:
+            self._loop.call_soon_threadsafe(self._kill, job_id)
+
+    def stop(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        with self._lock:
+            self._tasks.clear()
+        for job_id in list(self._running):
+            self._channel.request_stop(job_id)
+        self._on_loop(self._settle(deadline), grace + 5.0)
+        self._on_loop(self.shut(), 5.0)
+        self._end_loop()
+
+    def _on_loop(self, coroutine: Any, timeout: float) -> None:
+        """Run a last coroutine; a loop that somebody blocks is left behind."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            future.result(timeout)
+        except TimeoutError:
+            future.cancel()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    # -- on the loop ----------------------------------------------------------------------------------------------
+
+    async def _settle(self, deadline: float) -> None:
+        """Wait for what runs until the deadline, then cancel it."""
+        while self._running and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        lanes = list(self._lanes)
+        for lane in lanes:
+            lane.cancel()
+        if lanes:
+            await asyncio.wait(lanes, timeout=3.0)
+
+    def _fill_lanes(self) -> None:
+        for _ in range(min(self.num_workers - len(self._lanes), len(self._tasks))):
+            lane = self._loop.create_task(self._lane())
+            self._lanes.add(lane)
+            lane.add_done_callback(self._lanes.discard)
+
+    async def _lane(self) -> None:
+        """Run waiting tasks one after the other; as many lanes as workers."""
+        me = asyncio.current_task()
+        if me is None:
+            return
+        while True:
+            with self._lock:
+                if not self._tasks:
+                    break
+                task = self._tasks.popleft()
+            job_id = task.id
+            self._running[job_id] = me
+            start = time.time()
+            self._note(Started(job_id, start, self._worker))
+            try:
+                job = RunningJob(task.args.copy(), job_id, task.attempt, self._channel)
+                output = await self.execute(job)
+                end: Event = Done(job_id, output, (start, time.time(), None, None), self._worker)
+            except asyncio.CancelledError as exc:
+                if me.cancelling():
+                    if self._running.get(job_id) is me:
+                        del self._running[job_id]  # everything stops
+                    return
+                end = failed(job_id, exc, (start, time.time(), None, None), self._worker)
+            except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit included
+                end = failed(job_id, exc, (start, time.time(), None, None), self._worker)
+            if self._running.get(job_id) is not me:
+                return  # killed, and told of already
+            del self._running[job_id]
+            self._channel.forget(job_id)
+            self._note(end)
+
+    def _kill(self, job_id: str) -> None:
+        """End a run now, whatever its coroutine makes of being cancelled; another lane takes the place of its own."""
+        lane = self._running.pop(job_id, None)
+        if lane is not None:
+            self._lanes.discard(lane)
+            lane.cancel()
+            self._channel.forget(job_id)
+            self._note(Failed(job_id, JobCause.LOST, ErrorInfo("Cancelled", "its coroutine was cancelled")))
+            self._fill_lanes()
+
+    def _note(self, event: Event) -> None:
+        """Tell of it with the others of this turn of the loop, and soon in any case."""
+        now = time.monotonic()
+        if not self._events:
+            self._events_since = now
+            self._loop.call_soon(self._flush)
+        self._events.append(event)
+        if now - self._events_since > _HOLD:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._emit(events)

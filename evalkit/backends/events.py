@@ -1,0 +1,104 @@
+"""What a backend tells the evaluator about the jobs it was given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from evalkit.job import ErrorInfo, JobCause
+
+__all__ = [
+    "Cancelled",
+    "Done",
+    "Event",
+    "Failed",
+    "Lost",
+    "Measured",
+    "Progress",
+    "Recorded",
+    "Started",
+    "WorkerIdentity",
+]
+
+#: What was measured of a run: start and end (seconds since the Unix epoch), CPU time (seconds), peak memory (bytes).
+Measured = tuple[float, float, float | None, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """Who ran a job.
+
+    Attributes:
+        host: its machine.
+        pid: its process.
+        name: its name in the backend, such as ``process-3``.
+    """
+
+    host: str
+    pid: int
+    name: str
+
+
+@dataclass(slots=True)
+class Started:
+    """A job runs, since ``time`` (seconds since the Unix epoch)."""
+
+    job_id: str
+    time: float
+    worker: WorkerIdentity | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """A running job reported how far it is."""
+
+    job_id: str
+    progress: float
+    phase: str
+
+
+@dataclass(slots=True)
+class Recorded:
+    """A running job recorded intermediate values."""
+
+    job_id: str
+    values: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Done:
+    """The run function returned."""
+
+    job_id: str
+    output: Any
+    measured: Measured | None = None
+    worker: WorkerIdentity | None = None
+
+
+@dataclass(slots=True)
+class Failed:
+    """The run ended without an output."""
+
+    job_id: str
+    cause: JobCause
+    error: ErrorInfo
+    measured: Measured | None = None
+    worker: WorkerIdentity | None = None
+
+
+@dataclass(slots=True)
+class Cancelled:
+    """The job ended without a result because that was asked for; mostly before it started."""
+
+    job_id: str
+
+
+@dataclass(slots=True)
+class Lost:
+    """The run ended by no fault of the job, which may not even have started: it is to run again."""
+
+    job_id: str
+    reason: str
+
+
+Event = Started | Progress | Recorded | Done | Failed | Cancelled | Lost

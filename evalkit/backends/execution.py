@@ -1,0 +1,100 @@
+"""Running one job here, in this thread or on this loop: measure it, and describe what it raised."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+from evalkit.backends.base import Emit, RunFunction
+from evalkit.backends.events import Done, Failed, Measured, Progress, Recorded, WorkerIdentity
+from evalkit.job import ErrorInfo, JobCause
+from evalkit.running import RunningJob
+
+__all__ = ["LocalChannel", "describe", "failed", "identity", "peak_rss", "run"]
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+def peak_rss() -> int:
+    """The peak resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+
+
+def identity(name: str) -> WorkerIdentity:
+    """This process, under the name of a worker."""
+    return WorkerIdentity(socket.gethostname(), os.getpid(), name)
+
+
+def describe(exc: BaseException) -> ErrorInfo:
+    """An exception as text: whatever its ``__str__`` or its traceback do, this does not raise."""
+    cls = type(exc)
+    name = cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        message = str(exc)
+    except BaseException as bad:  # noqa: BLE001 - a user's __str__ may do anything
+        message = f"<its message cannot be shown: __str__ raised {type(bad).__name__}>"
+    try:
+        lines = traceback.format_exception(cls, exc, _user_part(exc.__traceback__))
+        text = "".join(lines)
+    except BaseException as bad:  # noqa: BLE001 - as above
+        text = f"<its traceback cannot be shown: {type(bad).__name__}>"
+    return ErrorInfo(type=name, message=message, traceback=text)
+
+
+def _user_part(tb: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames of evalkit that lead to the user's code."""
+    first = tb
+    while tb is not None and tb.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        tb = tb.tb_next
+    return tb or first
+
+
+def failed(job_id: str, exc: BaseException, measured: Measured | None, worker: WorkerIdentity | None) -> Failed:
+    """The event of a run that raised."""
+    return Failed(job_id, JobCause.EXCEPTION, describe(exc), measured, worker)
+
+
+def run(function: RunFunction, job: RunningJob, worker: WorkerIdentity) -> Done | Failed:
+    """Call the run function in this thread and measure it. Whatever it raises is an event, SystemExit included."""
+    start, cpu = time.time(), time.thread_time()
+    try:
+        output = function(job)
+    except BaseException as exc:  # noqa: BLE001 - a failed job is a result
+        return failed(job.id, exc, (start, time.time(), time.thread_time() - cpu, peak_rss()), worker)
+    return Done(job.id, output, (start, time.time(), time.thread_time() - cpu, peak_rss()), worker)
+
+
+class LocalChannel:
+    """The channel of jobs that run in this process."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._lock = threading.Lock()
+        self._stop: set[str] = set()
+
+    def progress(self, job_id: str, progress: float, phase: str) -> None:
+        self._emit([Progress(job_id, progress, phase)])
+
+    def record(self, job_id: str, values: dict[str, Any]) -> None:
+        self._emit([Recorded(job_id, values)])
+
+    def stop_requested(self, job_id: str) -> bool:
+        return job_id in self._stop
+
+    def request_stop(self, job_id: str) -> None:
+        with self._lock:
+            self._stop.add(job_id)
+
+    def forget(self, job_id: str) -> None:
+        """The job has ended."""
+        if self._stop:
+            with self._lock:
+                self._stop.discard(job_id)

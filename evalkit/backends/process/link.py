@@ -1,0 +1,183 @@
+"""A worker as the pool sees it: its socket, its tokens, and the tasks it holds in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import time
+from collections import deque
+
+from evalkit.backends.base import Task
+from evalkit.backends.events import WorkerIdentity
+from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
+from evalkit.backends.serialization import dumps
+from evalkit.errors import SerializationError
+
+__all__ = ["WorkerLink"]
+
+_BATCH_BYTES = 256 * 1024
+_MAX_BUFFERS = 64  # in one sendmsg
+
+
+class WorkerLink:
+    """One worker. All but ``read`` is called with the pool's lock held.
+
+    Attributes:
+        number: of the worker, never used twice.
+        inflight: the tasks it holds, in order; the first may be running.
+        running_since: when the first of them started, on the monotonic clock; None while it holds none.
+        identity: who it is; None until it is ready.
+        given: how many tasks it was ever given.
+        doomed: the id of the job because of which it is being killed.
+        retiring: it gets no more tasks, and ends after the last.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.inflight: deque[Task] = deque()
+        self.running_since: float | None = None
+        self.identity: WorkerIdentity | None = None
+        self.given = 0
+        self.doomed: str | None = None
+        self.retiring = False
+        self.inflight_bytes = 0
+        self.born = time.monotonic()
+        self._sizes: deque[int] = deque()
+        self._generation = 0
+        self.sock, self.their_sock = socket.socketpair()
+        self.sock.setblocking(False)
+        self._token_read, self._token_write = os.pipe()
+        os.set_blocking(self._token_read, False)
+        os.set_blocking(self._token_write, False)
+        self._reader = FrameReader(self.sock)
+        self._out: deque[memoryview] = deque()
+
+    @property
+    def fds_for_worker(self) -> list[int]:
+        return [self.their_sock.fileno(), self._token_read]
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be given tasks."""
+        return self.identity is not None and not self.retiring and self.doomed is None
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether something waits for room in the socket."""
+        return bool(self._out)
+
+    # -- sending --------------------------------------------------------------------------------------------------
+
+    def send(self, kind: int, value: object) -> None:
+        """Send a small message."""
+        self._queue(frame(kind, pickle.dumps(value, 5)))
+        self.flush()
+
+    def send_raw(self, kind: int, payload: bytes) -> None:
+        """Send a message that is pickled already."""
+        self._queue(frame(kind, payload))
+        self.flush()
+
+    def give(self, tasks: list[Task]) -> list[tuple[Task, SerializationError]]:
+        """Send tasks; return those that do not pickle, with why."""
+        bad: list[tuple[Task, SerializationError]] = []
+        held = len(self.inflight)
+        # Nothing is before the first task of an idle worker, so it starts at once; it needs no token.
+        granted = held == 0
+        small: list[tuple[str, int, bytes]] = []
+        small_bytes = 0
+        for task in tasks:
+            try:
+                data, buffers = dumps(task.args, "args")
+            except SerializationError as exc:
+                bad.append((task, exc))
+                continue
+            size = len(data)
+            if buffers or size >= _BATCH_BYTES or small_bytes >= _BATCH_BYTES:
+                granted = self._queue_small(small, granted)
+                small, small_bytes = [], 0
+            if buffers or size >= _BATCH_BYTES:
+                payload = pickle.dumps((task.id, task.attempt, data), 5)
+                self._queue(frame(Kind.LARGE_TASK, payload, buffers, granted))
+                granted = False
+                size += sum(buffer.nbytes for buffer in buffers)
+            else:
+                small.append((task.id, task.attempt, data))
+                small_bytes += size
+            self.inflight.append(task)
+            self._sizes.append(size)
+            self.inflight_bytes += size
+        self._queue_small(small, granted)
+        accepted = len(self.inflight) - held
+        self.given += accepted
+        if accepted and held == 0:
+            self.running_since = time.monotonic()
+        tokens = accepted if held else accepted - 1
+        if tokens > 0:
+            os.write(self._token_write, bytes((self._generation,)) * tokens)
+        self.flush()
+        return bad
+
+    def _queue_small(self, tasks: list[tuple[str, int, bytes]], granted: bool) -> bool:
+        if not tasks:
+            return granted
+        self._queue(frame(Kind.TASKS, pickle.dumps(tasks, 5), (), granted))
+        return False
+
+    def _queue(self, parts: list[bytes | memoryview]) -> None:
+        self._out.extend(memoryview(part) for part in parts)
+
+    def flush(self) -> None:
+        """Write what the socket takes; the rest waits until it is writable."""
+        out = self._out
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            while out:
+                parts = [out[index] for index in range(min(len(out), _MAX_BUFFERS))]
+                sent = self.sock.sendmsg(parts) if len(parts) > 1 else self.sock.send(parts[0])
+                while out and sent >= out[0].nbytes:
+                    sent -= out.popleft().nbytes
+                if sent:
+                    out[0] = out[0][sent:]
+
+    # -- taking back ----------------------------------------------------------------------------------------------
+
+    def take_back(self) -> list[Task]:
+        """Take back every task that the worker has not started, in order."""
+        count = 0
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._token_read, 65536):
+                count += len(chunk)
+        if not count:
+            return []
+        tasks = [self.inflight.pop() for _ in range(count)]
+        self.inflight_bytes -= sum(self._sizes.pop() for _ in range(count))
+        self.given -= count
+        self._generation = (self._generation + 1) % 256
+        self.send(Kind.DROP, (count, self._generation))
+        tasks.reverse()
+        return tasks
+
+    # -- receiving ------------------------------------------------------------------------------------------------
+
+    def read(self) -> list[Frame]:
+        """What has arrived; raises ``EOFError`` and ``BlockingIOError`` as :meth:`FrameReader.read`."""
+        return self._reader.read()
+
+    def finish_first(self) -> Task:
+        """Its first task has ended; the next, if any, runs."""
+        task = self.inflight.popleft()
+        self.inflight_bytes -= self._sizes.popleft()
+        self.running_since = time.monotonic() if self.inflight else None
+        return task
+
+    def close_theirs(self) -> None:
+        """The worker has its own copy of its end by now."""
+        self.their_sock.close()
+
+    def close(self) -> None:
+        self.sock.close()
+        self.their_sock.close()
+        os.close(self._token_read)
+        os.close(self._token_write)

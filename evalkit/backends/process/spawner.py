@@ -1,0 +1,128 @@
+"""The master's side of the nursery: start workers, signal them, hear of their ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from evalkit.backends.process.nursery import EXITED, MESSAGE, SIGNAL, SPAWN, SPAWNED
+from evalkit.errors import BackendError
+
+__all__ = ["Exited", "Spawned", "Spawner"]
+
+#: What libraries read to decide how many threads to start.
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+_BOOT = """\
+import sys
+sys.path[:] = {path!r}
+from evalkit.backends.process.nursery import main
+main({fd})
+"""
+
+
+class Spawned(tuple[int, int]):
+    """(number of the worker, its process id)."""
+
+
+class Exited(tuple[int, int]):
+    """(number of the worker, its wait status)."""
+
+
+class Spawner:
+    """Starts a nursery and talks to it.
+
+    Args:
+        num_workers: how many workers share the cores.
+
+    Raises:
+        BackendError: no process can be started.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        if not sys.executable:
+            raise BackendError("sys.executable is not set, so no worker process can be started; use method='thread'")
+        self._sock, theirs = socket.socketpair()
+        self._rest = b""
+        code = _BOOT.format(path=sys.path, fd=theirs.fileno())
+        flags = [f"-W{option}" for option in sys.warnoptions]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, *flags, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | _thread_limits(num_workers),
+                # Ctrl-C and a hang-up of the terminal are for the master, who then ends the workers in good order.
+                start_new_session=True,
+            )
+        except OSError as exc:
+            self._sock.close()
+            raise BackendError(f"no worker process can be started with {sys.executable}: {exc}") from exc
+        finally:
+            theirs.close()
+
+    def fileno(self) -> int:
+        """The descriptor on which to wait for :meth:`events`."""
+        return self._sock.fileno()
+
+    def spawn(self, number: int, fds: list[int]) -> None:
+        """Start worker ``number`` with two descriptors: its socket and its tokens."""
+        with contextlib.suppress(OSError):  # a nursery that died is noticed by events()
+            socket.send_fds(self._sock, [MESSAGE.pack(SPAWN, number, 0)], fds)
+
+    def signal(self, number: int, signum: int) -> None:
+        """Send a signal to a worker and its process group; one that has ended is left alone."""
+        with contextlib.suppress(OSError):
+            self._sock.sendall(MESSAGE.pack(SIGNAL, number, signum))
+
+    def events(self) -> Iterator[Spawned | Exited]:
+        """What has happened since the last call.
+
+        Raises:
+            EOFError: the nursery is gone, and so are its workers.
+        """
+        try:
+            data = self._sock.recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            raise EOFError
+        data = self._rest + data
+        whole = len(data) - len(data) % MESSAGE.size
+        self._rest = data[whole:]
+        for what, number, value in MESSAGE.iter_unpack(data[:whole]):
+            if what == SPAWNED:
+                yield Spawned((number, value))
+            elif what == EXITED:
+                yield Exited((number, value))
+
+    def close(self) -> None:
+        """Have everything killed that is left, and wait for it."""
+        self._sock.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # the kernel then kills the workers
+            self._process.wait()
+
+
+def _thread_limits(num_workers: int) -> dict[str, str]:
+    """Each worker's share of the cores, for the libraries that would else take all of them; the user's settings win."""
+    share = str(max(1, len(os.sched_getaffinity(0)) // num_workers if hasattr(os, "sched_getaffinity") else 1))
+    if any(name in os.environ for name in _THREAD_VARIABLES):
+        # Whoever sets one of them has thought of it: OMP_NUM_THREADS is what the others fall back to.
+        return {}
+    return dict.fromkeys(_THREAD_VARIABLES, share)

@@ -1,0 +1,174 @@
+"""Frames on the socket between the pool and a worker.
+
+::
+
+    | kind 1 | granted 1 | pad 2 | buffers n 4 | payload length 8 | n x (length 8) | payload | buffer … |
+
+A payload is a pickle; the buffers are the large arrays that it refers to, sent from and received into their own memory.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import NamedTuple
+
+__all__ = ["Frame", "FrameReader", "Kind", "frame"]
+
+_HEADER = struct.Struct("<BBxxIQ")
+_LENGTH = struct.Struct("<Q")
+_CHUNK = 256 * 1024
+
+
+class Kind(IntEnum):
+    """What a frame is about."""
+
+    # pool -> worker
+    SETUP = 0  # what to run and how
+    TASKS = 1  # [(id, attempt, pickled args), ...]
+    LARGE_TASK = 2  # (id, attempt, args), with buffers
+    STOP = 3  # id: ask this job to stop
+    DROP = 4  # (n, generation): forget the last n tasks
+    QUIT = 5
+    # worker -> pool
+    READY = 6  # pid
+    UNFIT = 7  # ErrorInfo: the worker cannot start
+    DONE = 8  # (output, measured)
+    FAILED = 9  # (ErrorInfo, measured)
+    PROGRESS = 10  # (progress, phase)
+    RECORD = 11  # values
+
+
+class Frame(NamedTuple):
+    kind: int
+    granted: int
+    payload: bytes | bytearray
+    buffers: tuple[memoryview, ...] = ()
+
+
+def frame(kind: int, payload: bytes, buffers: Iterable[memoryview] = (), granted: int = 0) -> list[bytes | memoryview]:
+    """The parts of a frame, in the order in which they go on the wire."""
+    buffers = list(buffers)
+    head = _HEADER.pack(kind, granted, len(buffers), len(payload))
+    if not buffers:
+        # One small copy is cheaper than one more buffer in the system call.
+        return [head + payload] if len(payload) < _CHUNK else [head, payload]
+    return [head + b"".join(_LENGTH.pack(buffer.nbytes) for buffer in buffers), payload, *buffers]
+
+
+class FrameReader:
+    """Cuts what arrives on a socket into frames; large ones are received into memory of their own, without a copy.
+
+    Args:
+        sock: a stream socket; whether a read waits is up to the flags given to :meth:`read`.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray(_CHUNK)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._large: _LargeFrame | None = None
+
+    def read(self, flags: int = 0) -> list[Frame]:
+        """Read once and return the frames that are whole by now; none if more has to come.
+
+        Args:
+            flags: for ``recv``, such as ``socket.MSG_DONTWAIT``.
+
+        Raises:
+            EOFError: the other side is gone.
+            BlockingIOError: there is nothing to read, and the read was not to wait.
+        """
+        if self._large is not None:
+            if not self._large.receive(self._sock, flags):
+                return []
+            done, self._large = self._large.frame(), None
+            return [done]
+        if self._end == _CHUNK:
+            self._compact()
+        n = self._sock.recv_into(self._view[self._end :], 0, flags)
+        if n == 0:
+            raise EOFError
+        self._end += n
+        return self._cut()
+
+    def _cut(self) -> list[Frame]:
+        frames = []
+        view, start, end = self._view, self._start, self._end
+        header_size, unpack = _HEADER.size, _HEADER.unpack_from
+        while end - start >= header_size:
+            kind, granted, count, length = unpack(view, start)
+            body = start + header_size
+            if count == 0 and length <= end - body:
+                start = body + length
+                frames.append(Frame(kind, granted, bytes(view[body:start])))
+                continue
+            lengths_end = body + count * _LENGTH.size
+            if count == 0 and length <= _CHUNK - header_size:
+                break  # it fits, once the rest is here
+            if lengths_end > end:
+                break  # the lengths of its buffers are not here yet; a frame has few of them
+            lengths = [length, *(_LENGTH.unpack_from(view, at)[0] for at in range(body, lengths_end, _LENGTH.size))]
+            self._large = _LargeFrame(kind, granted, lengths)
+            taken = self._large.take(view[lengths_end:end])
+            start = lengths_end + taken
+            if not self._large.complete:
+                break
+            frames.append(self._large.frame())
+            self._large = None
+        self._start, self._end = start, end
+        if start == end:
+            self._start = self._end = 0
+        elif start > _CHUNK // 2:
+            self._compact()
+        return frames
+
+    def _compact(self) -> None:
+        rest = self._end - self._start
+        self._buffer[:rest] = self._buffer[self._start : self._end]
+        self._start, self._end = 0, rest
+
+
+class _LargeFrame:
+    """A frame that is received into memory of its own."""
+
+    def __init__(self, kind: int, granted: int, lengths: list[int]) -> None:
+        self._kind, self._granted = kind, granted
+        self._parts = [bytearray(length) for length in lengths]
+        self._views = [memoryview(part) for part in self._parts]
+        self._missing = [view for view in self._views if view.nbytes]
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    def take(self, data: memoryview) -> int:
+        """Take the beginning of the frame from ``data``; return how many bytes were its own."""
+        taken = 0
+        while self._missing and taken < data.nbytes:
+            n = min(self._missing[0].nbytes, data.nbytes - taken)
+            self._missing[0][:n] = data[taken : taken + n]
+            taken += n
+            self._advance(n)
+        return taken
+
+    def receive(self, sock: socket.socket, flags: int) -> bool:
+        """Receive what is there; return whether the frame is whole."""
+        n = sock.recv_into(self._missing[0], 0, flags)
+        if n == 0:
+            raise EOFError
+        self._advance(n)
+        return self.complete
+
+    def _advance(self, n: int) -> None:
+        rest = self._missing[0][n:]
+        if rest.nbytes:
+            self._missing[0] = rest
+        else:
+            self._missing.pop(0)
+
+    def frame(self) -> Frame:
+        return Frame(self._kind, self._granted, self._parts[0], tuple(self._views[1:]))

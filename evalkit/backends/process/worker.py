@@ -1,0 +1,219 @@
+"""The worker: takes tasks from its socket, one at a time, and writes each result as soon as there is one.
+
+It has a single thread, so nothing here competes with the user's function. Tasks come ahead of need; before it starts one, a
+worker takes a token out of a pipe that the pool can read as well. Whoever gets the token has the right to a task, the worker to
+the first of those that wait, the pool to the last: so the pool can have back what was not started, at any instant, and never
+is a task started by two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from typing import Any
+
+from evalkit.backends.base import RunFunction
+from evalkit.backends.execution import describe, peak_rss
+from evalkit.backends.process.wire import FrameReader, Kind, frame
+from evalkit.backends.serialization import dumps, explain, loads
+from evalkit.errors import SerializationError
+from evalkit.running import RunningJob, is_coroutine_function
+
+__all__ = ["main"]
+
+_REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
+_WORTH_MEASURING = 0.001  # seconds; below this the peak memory of the last job will do
+
+
+class _Channel:
+    """The channel of the job that runs."""
+
+    def __init__(self, worker: _Worker) -> None:
+        self._worker = worker
+        self._sent = 0.0
+        self._last: tuple[float, str] | None = None
+
+    def progress(self, job_id: str, progress: float, phase: str) -> None:
+        self._last = (progress, phase)
+        now = time.monotonic()
+        if now - self._sent >= _REPORT_INTERVAL:
+            self._sent = now
+            self.flush()
+
+    def record(self, job_id: str, values: dict[str, Any]) -> None:
+        data, buffers = dumps(values, "recorded values")
+        self._worker.send(Kind.RECORD, data, buffers)
+
+    def stop_requested(self, job_id: str) -> bool:
+        return self._worker.poll_stop(job_id)
+
+    def flush(self) -> None:
+        if self._last is not None:
+            self._worker.send(Kind.PROGRESS, pickle.dumps(self._last, 5))
+            self._last = None
+
+
+class _Worker:
+    def __init__(self, sock: socket.socket, tokens: int, number: int) -> None:
+        self._sock = sock
+        self._tokens = tokens
+        self._number = number
+        self._reader = FrameReader(sock)
+        self._tasks: deque[tuple[bool, str, int, Any]] = deque()
+        self._generation = 0
+        self._stop: set[str] = set()
+        self._channel = _Channel(self)
+        self._runner: asyncio.Runner | None = None
+        self._rss = peak_rss()
+        self._pid = os.getpid()
+        self._state: Any = None
+        self._quit = False
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def send(self, kind: int, payload: bytes, buffers: Any = ()) -> None:
+        if os.getpid() != self._pid:
+            return  # a child that the user's function forked: the socket is not its own
+        for part in frame(kind, payload, buffers):
+            self._sock.sendall(part)
+
+    def _receive(self, flags: int = 0) -> None:
+        for kind, granted, payload, buffers in self._reader.read(flags):
+            if kind == Kind.TASKS:
+                for index, (job_id, attempt, args) in enumerate(pickle.loads(payload)):
+                    self._tasks.append((index < granted, job_id, attempt, args))
+            elif kind == Kind.LARGE_TASK:
+                job_id, attempt, data = pickle.loads(payload)
+                self._tasks.append((bool(granted), job_id, attempt, (data, buffers)))
+            elif kind == Kind.STOP:
+                self._stop.add(pickle.loads(payload))
+            elif kind == Kind.DROP:
+                count, self._generation = pickle.loads(payload)
+                for _ in range(count):
+                    self._tasks.pop()
+            elif kind == Kind.QUIT:
+                self._quit = True
+
+    def poll_stop(self, job_id: str) -> bool:
+        """Read what has arrived without waiting; say whether the pool asks this job to stop."""
+        if os.getpid() != self._pid:
+            return False
+        try:
+            while True:
+                self._receive(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except (EOFError, ConnectionResetError):
+            self._quit = True
+        return self._quit or job_id in self._stop
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def serve(self) -> int:
+        try:
+            self._set_up()
+            while not self._quit:
+                task = self._next()
+                if task is None:
+                    self._receive()
+                else:
+                    self._work(*task)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            pass  # the pool is gone
+        return 0
+
+    def _next(self) -> tuple[str, int, Any] | None:
+        """The task to start now, with the right to start it; None if the pool has to say something first."""
+        if not self._tasks:
+            return None
+        granted = self._tasks[0][0]
+        if not granted:
+            try:
+                token = os.read(self._tokens, 1)
+            except BlockingIOError:
+                return None  # the pool took the rest back, and its DROP is on the way
+            if not token:
+                raise EOFError
+            while token[0] != self._generation:
+                self._receive()  # a token for tasks that come after a DROP not seen yet
+        return self._tasks.popleft()[1:]
+
+    def _set_up(self) -> None:
+        frames = self._reader.read()
+        while not frames:
+            frames = self._reader.read()
+        setup = pickle.loads(frames[0].payload)
+        sys.path[:] = setup["sys_path"]
+        sys.argv[:] = setup["sys_argv"]
+        try:
+            self._function: RunFunction = pickle.loads(setup["function"])
+            worker_init = pickle.loads(setup["worker_init"])
+            self._is_async = is_coroutine_function(self._function)
+            if worker_init is not None:
+                self._state = worker_init()
+        except BaseException as exc:  # noqa: BLE001 - it goes to the pool, which says so to the user
+            self.send(Kind.UNFIT, pickle.dumps(describe(exc), 5))
+            self._quit = True
+            return
+        self._rss = peak_rss()
+        self.send(Kind.READY, pickle.dumps(self._pid, 5))
+
+    def _work(self, job_id: str, attempt: int, args: Any) -> None:
+        start, cpu = time.time(), time.process_time()
+        try:
+            try:
+                parameters = pickle.loads(args) if type(args) is bytes else loads(*args)
+            except BaseException as exc:
+                exc.add_note("The arguments of the job could not be rebuilt in the worker.")
+                raise
+            job = RunningJob(parameters, job_id, attempt, self._channel, self._state)
+            output = self._call(job)
+            if os.getpid() != self._pid:
+                os._exit(0)  # the user's function forked, and this is the child
+            kind, value = Kind.DONE, output
+        except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit and KeyboardInterrupt included
+            if os.getpid() != self._pid:
+                os._exit(1)
+            kind, value = Kind.FAILED, describe(exc)
+        end = time.time()
+        if end - start > _WORTH_MEASURING:
+            self._rss = peak_rss()
+        measured = (start, end, time.process_time() - cpu, self._rss)
+        self._channel.flush()
+        self._stop.discard(job_id)
+        self._flush_output()
+        if kind == Kind.DONE:
+            try:
+                data, buffers = dumps((value, measured), "output")
+            except SerializationError as exc:
+                # Of the output alone, so that the path starts at what the user returned.
+                cause = exc.__cause__ or exc
+                kind, value = Kind.FAILED, describe(explain(value, "output", cause))
+        if kind == Kind.FAILED:
+            data, buffers = pickle.dumps((value, measured), 5), []
+        self.send(kind, data, buffers)
+
+    def _call(self, job: RunningJob) -> Any:
+        if not self._is_async:
+            return self._function(job)
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        return self._runner.run(self._function(job))
+
+    def _flush_output(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+
+
+def main(sock: socket.socket, tokens: int, number: int) -> int:
+    """Work until the pool says QUIT or is gone; return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return _Worker(sock, tokens, number).serve()

@@ -1,0 +1,196 @@
+"""The serial backend: one process, one thing at a time; what a debugger and a first try want."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from evalkit.backends.asynchronous import AsyncBackend
+from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
+from evalkit.backends.events import Cancelled, Event, Started
+from evalkit.backends.execution import LocalChannel, failed, identity, run
+from evalkit.running import RunningJob, is_coroutine_function
+
+__all__ = ["SerialBackend"]
+
+_HOLD = 0.002  # seconds after which a step comes back to see what is wanted
+
+
+class SerialBackend(Backend):
+    """A plain function runs in the thread that gathers, in order, so a debugger works; a coroutine function runs on one private
+    loop thread, ``num_workers`` at a time.
+
+    A plain function cannot be interrupted: that its ``job_timeout`` has passed is noticed when it returns.
+
+    Args:
+        num_workers: how many coroutines at once; of plain functions it is always one.
+        worker_init: called once before the first job; what it returns is ``job.worker_state``.
+    """
+
+    capabilities = Capabilities(same_memory=True, by_value=True, streams=True)
+
+    def __init__(self, num_workers: int, *, worker_init: Callable[[], Any] | None = None) -> None:
+        super().__init__(num_workers)
+        if worker_init is not None and not callable(worker_init):
+            raise TypeError(f"worker_init takes a callable without parameters, not {worker_init!r}")
+        self._worker_init = worker_init
+        self._engine: Backend = _Inline(worker_init)
+
+    @property
+    def runs_in_caller(self) -> bool:  # type: ignore[override]  # it depends on the function
+        return self._engine.runs_in_caller
+
+    @property
+    def capacity(self) -> int:
+        return self._engine.capacity
+
+    def start(self, run_function: RunFunction, emit: Emit) -> None:
+        if is_coroutine_function(run_function):
+            self._engine = _Coroutines(self.num_workers, self._worker_init)
+        self._engine.start(run_function, emit)
+
+    def dispatch(self, tasks: Sequence[Task]) -> None:
+        self._engine.dispatch(tasks)
+
+    def cancel(self, job_id: str, kill: bool) -> None:
+        self._engine.cancel(job_id, kill)
+
+    def step(self, limit: int, timeout: float | None) -> bool:
+        return self._engine.step(limit, timeout)
+
+    def stop(self, grace: float) -> None:
+        self._engine.stop(grace)
+
+
+class _Coroutines(AsyncBackend):
+    """Coroutine functions, on the loop of :class:`AsyncBackend`."""
+
+    def __init__(self, num_workers: int, worker_init: Callable[[], Any] | None) -> None:
+        super().__init__(num_workers)
+        self._worker_init = worker_init
+        self._state: Any = None
+
+    async def open(self) -> None:
+        if self._worker_init is not None:
+            self._state = self._worker_init()
+
+    async def execute(self, job: RunningJob) -> Any:
+        job.worker_state = self._state
+        return await self.run_function(job)
+
+
+class _Inline(Backend):
+    """Plain functions, in the thread that asks for their results."""
+
+    runs_in_caller = True
+
+    def __init__(self, worker_init: Callable[[], Any] | None) -> None:
+        super().__init__(1)
+        self._worker_init = worker_init
+        self._state: Any = None
+        self._unfit: BaseException | None = None
+        # Whoever pops a task has it.
+        self._waiting: dict[str, Task] = {}
+        self._order: deque[str] = deque()
+        self._busy = threading.RLock()
+
+    @property
+    def capacity(self) -> int:
+        return 1024
+
+    def start(self, run_function: RunFunction, emit: Emit) -> None:
+        self._function = run_function
+        self._emit = emit
+        self._channel = LocalChannel(emit)
+        self._worker = identity("serial-0")
+        if self._worker_init is not None:
+            try:
+                self._state = self._worker_init()
+            except Exception as exc:  # noqa: BLE001 - each job fails with it
+                self._unfit = exc
+
+    def dispatch(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            self._waiting[task.id] = task
+            self._order.append(task.id)
+
+    def cancel(self, job_id: str, kill: bool) -> None:
+        if self._waiting.pop(job_id, None) is not None:
+            self._emit([Cancelled(job_id)])
+        else:
+            self._channel.request_stop(job_id)
+
+    def step(self, limit: int, timeout: float | None) -> bool:
+        if not self._order:
+            return False
+        if not self._busy.acquire(timeout=-1 if timeout is None else timeout):
+            return True  # another thread runs what there is
+        try:
+            return self._run_some(limit)
+        finally:
+            self._busy.release()
+
+    def _run_some(self, limit: int) -> bool:
+        events: list[Event] = []
+        since = time.monotonic()
+        ran = 0
+        with _Interrupts() as interrupts:
+            while ran < limit and self._order:
+                task = self._waiting.pop(self._order.popleft(), None)
+                if task is None:
+                    continue  # it was cancelled
+                ran += 1
+                events.append(Started(task.id, time.time(), self._worker))
+                self._emit(events)
+                end = self._run(task)
+                if interrupts.seen:
+                    self._emit([Cancelled(task.id)])
+                    raise KeyboardInterrupt
+                events = [end]
+                if time.monotonic() - since > _HOLD:
+                    break
+            if events:
+                self._emit(events)
+        return ran > 0
+
+    def _run(self, task: Task) -> Event:
+        if self._unfit is not None:
+            return failed(task.id, self._unfit, None, self._worker)
+        job = RunningJob(task.args.copy(), task.id, task.attempt, self._channel, self._state)
+        end = run(self._function, job, self._worker)
+        self._channel.forget(task.id)
+        return end
+
+    def stop(self, grace: float) -> None:
+        self._waiting.clear()
+        self._order.clear()
+
+
+class _Interrupts:
+    """Tells Ctrl-C from a run function that raises KeyboardInterrupt: the one ends the program, the other the job."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._mine = False
+
+    def __enter__(self) -> _Interrupts:
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
+            self._mine = True
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.seen = True
+        signal.default_int_handler(signum, frame)

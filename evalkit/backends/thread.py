@@ -1,0 +1,156 @@
+"""The thread backend: jobs in threads of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
+from evalkit.backends.execution import LocalChannel, failed, identity, run
+from evalkit.job import ErrorInfo, JobCause
+from evalkit.running import RunningJob, is_coroutine_function
+
+__all__ = ["ThreadBackend"]
+
+
+class ThreadBackend(Backend):
+    """Jobs in threads of this process.
+
+    Python cannot end a thread. A job that is to be killed is abandoned: it counts as ended, another thread takes its place, and
+    what it still does is ignored.
+
+    Args:
+        num_workers: how many threads.
+        worker_init: called once in each thread before its first job; what it returns is ``job.worker_state``.
+    """
+
+    capabilities = Capabilities(same_memory=True, by_value=True, streams=True)
+
+    def __init__(self, num_workers: int, *, worker_init: Callable[[], Any] | None = None) -> None:
+        super().__init__(num_workers)
+        if worker_init is not None and not callable(worker_init):
+            raise TypeError(f"worker_init takes a callable without parameters, not {worker_init!r}")
+        self._worker_init = worker_init
+        self._queue: SimpleQueue[str | None] = SimpleQueue()
+        # Whoever pops a task out of here has it: a thread that runs it, or a cancel.
+        self._waiting: dict[str, Task] = {}
+        # Likewise: whoever pops a run tells of its end, the thread or the one who abandons it.
+        self._runs: dict[str, object] = {}
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._started = 0
+        self._warned = False
+
+    @property
+    def capacity(self) -> int:
+        return 2 * self.num_workers
+
+    def start(self, run_function: RunFunction, emit: Emit) -> None:
+        self._function = run_function
+        self._is_async = is_coroutine_function(run_function)
+        self._emit = emit
+        self._channel = LocalChannel(emit)
+        for _ in range(self.num_workers):
+            self._add_thread()
+
+    def _add_thread(self) -> None:
+        name = f"thread-{self._started}"
+        self._started += 1
+        thread = threading.Thread(target=self._serve, args=(name,), name=f"evalkit-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def dispatch(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            self._waiting[task.id] = task
+            self._queue.put(task.id)
+
+    def cancel(self, job_id: str, kill: bool) -> None:
+        if self._waiting.pop(job_id, None) is not None:
+            self._emit([Cancelled(job_id)])
+        elif not kill:
+            self._channel.request_stop(job_id)
+        elif self._runs.pop(job_id, None) is not None:
+            self._abandon(job_id)
+
+    def _abandon(self, job_id: str) -> None:
+        with self._lock:
+            self._add_thread()
+            warn, self._warned = not self._warned, True
+        if warn:
+            warnings.warn(
+                f"job {job_id} did not stop when asked; a thread cannot be killed, so it was abandoned and may go on in the "
+                "background. method='process' ends such jobs for real.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._emit([Failed(job_id, JobCause.LOST, ErrorInfo("Abandoned", "the thread it runs in was abandoned"))])
+
+    def stop(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        self._waiting.clear()
+        for job_id in list(self._runs):
+            self._channel.request_stop(job_id)
+        with self._lock:
+            threads = list(self._threads)
+        for _ in threads:
+            self._queue.put(None)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        self._runs.clear()
+
+    def _serve(self, name: str) -> None:
+        worker = identity(name)
+        state: Any = None
+        unfit: BaseException | None = None
+        runner: asyncio.Runner | None = None
+        if self._worker_init is not None:
+            try:
+                state = self._worker_init()
+            except BaseException as exc:  # noqa: BLE001 - each job that this thread takes fails with it
+                unfit = exc
+        function = self._function
+        if self._is_async:
+            coroutine_function, runner = function, asyncio.Runner()
+
+            def function(job: RunningJob) -> Any:
+                return runner.run(coroutine_function(job))
+
+        events: list[Event] = []
+        try:
+            while True:
+                if events and self._queue.empty():
+                    self._emit(events)
+                    events = []
+                job_id = self._queue.get()
+                if job_id is None:
+                    return
+                task = self._waiting.pop(job_id, None)
+                if task is None:
+                    continue  # it was cancelled
+                mine = object()
+                self._runs[job_id] = mine
+                events.append(Started(job_id, time.time(), worker))
+                self._emit(events)
+                events = []
+                if unfit is None:
+                    job = RunningJob(task.args.copy(), job_id, task.attempt, self._channel, state)
+                    end: Done | Failed = run(function, job, worker)
+                else:
+                    end = failed(job_id, unfit, None, worker)
+                self._channel.forget(job_id)
+                if self._runs.get(job_id) is not mine or self._runs.pop(job_id, None) is not mine:
+                    return  # abandoned, and another thread has taken this one's place
+                events.append(end)
+        finally:
+            if events:
+                self._emit(events)
+            if runner is not None:
+                runner.close()

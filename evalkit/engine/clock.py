@@ -1,0 +1,61 @@
+"""Clock: calls that are due at some time, in one thread that exists only if something is ever due."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Clock"]
+
+_log = logging.getLogger("evalkit")
+
+
+class Clock:
+    """Calls functions when they are due. A call that is due does not wait for the one before it longer than that runs."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def call_later(self, delay: float, function: Callable[..., None], *args: Any) -> None:
+        """Have ``function(*args)`` called after ``delay`` seconds; after :meth:`close` nothing is called."""
+        entry = (time.monotonic() + delay, next(self._order), function, args)
+        with self._changed:
+            if self._closed:
+                return
+            heapq.heappush(self._heap, entry)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="evalkit-clock", daemon=True)
+                self._thread.start()
+            elif self._heap[0] is entry:
+                self._changed.notify()
+
+    def close(self) -> None:
+        """Call nothing more, and wait for the call that is under way, if this is not it."""
+        with self._changed:
+            self._closed = True
+            self._heap.clear()
+            self._changed.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(10.0)
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
+                    self._changed.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
+                if self._closed:
+                    return
+                _, _, function, args = heapq.heappop(self._heap)
+            try:
+                function(*args)
+            except Exception:
+                _log.exception("a timed call failed: %r", function)

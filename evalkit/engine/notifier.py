@@ -1,0 +1,109 @@
+"""Notifier: calls the callbacks, one at a time, in the order of events."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from evalkit.callbacks.base import Callback
+
+__all__ = ["Notifier"]
+
+_log = logging.getLogger("evalkit")
+
+
+class Notifier:
+    """Calls callbacks in a thread of its own, so that a slow one holds up nothing that runs; or, ``inline``, in the thread that
+    asks.
+
+    Args:
+        callbacks: in the order in which they are called.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self._callbacks = tuple(callbacks)
+        self._queue: deque[tuple[str, Any]] = deque()
+        self._changed = threading.Condition()
+        self._busy: int | None = None  # the thread that is calling
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.inline = False
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anybody to call; without, posting is not worth the while."""
+        return bool(self._callbacks)
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether the calling thread is in a callback."""
+        return self._busy == threading.get_ident()
+
+    def add(self, callback: Callback) -> None:
+        self._callbacks = (*self._callbacks, callback)
+
+    def post(self, method: str, subjects: Iterable[Any]) -> None:
+        """Have ``callback.<method>(subject)`` called for each subject, soon. Never calls anything itself."""
+        with self._changed:
+            self._queue.extend((method, subject) for subject in subjects)
+            if self.inline or self._closed:
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="evalkit-callbacks", daemon=True)
+                self._thread.start()
+            elif self._busy is None:
+                self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Return once everything posted so far has been called. In a callback, return at once."""
+        if not self._callbacks or self.in_callback:
+            return
+        if self.inline:
+            self._call_waiting()
+            return
+        with self._changed:
+            while self._queue or self._busy is not None:
+                self._changed.wait()
+
+    def close(self) -> None:
+        """Call what was posted, then end."""
+        self.drain()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                if not self._queue:
+                    return
+            self._call_waiting()
+
+    def _call_waiting(self) -> None:
+        """Take the calls that wait, until none is left; one thread at a time."""
+        with self._changed:
+            if self._busy is not None:
+                return
+            self._busy = threading.get_ident()
+        try:
+            while self._queue:
+                method, subject = self._queue.popleft()
+                for callback in self._callbacks:
+                    self._call(getattr(callback, method), subject)
+        finally:
+            with self._changed:
+                self._busy = None
+                self._changed.notify_all()
+
+    def _call(self, method: Callable[..., None], subject: Any) -> None:
+        try:
+            method() if subject is None else method(subject)
+        except Exception:
+            _log.exception("callback %s failed in %s", type(method.__self__).__name__, method.__name__)  # type: ignore[attr-defined]

@@ -1,0 +1,127 @@
+"""Recorder: brings what happens to jobs into the storage, in batches, and never drops it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+
+from evalkit.engine.clock import Clock
+from evalkit.errors import StorageError, StorageUnavailableError
+from evalkit.job import Job
+from evalkit.storage.base import JobUpdate, Storage
+
+__all__ = ["Recorder"]
+
+_log = logging.getLogger("evalkit")
+
+_INTERVAL = 0.05  # seconds between writes nobody waits for; longer if one takes long
+_SHARE = 10  # background writes take at most one tenth of the time
+_PATIENCE = 10.0  # seconds for which a storage that is away is tried again
+_FIRST_BACKOFF = 0.05  # seconds; doubles with each try
+
+
+class Recorder:
+    """Collects the jobs that changed and writes each as it is by then: a job that ran through between two writes is one write.
+
+    What was noted is written within :data:`_INTERVAL` or, for who calls :meth:`flush`, at once. What the storage does not take
+    is kept for the next write.
+    """
+
+    def __init__(self, storage: Storage, clock: Clock) -> None:
+        self._storage = storage
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._dirty: dict[str, Job] = {}
+        self._scheduled = False
+        self._last_duration = 0.0
+        self._patience = _PATIENCE
+
+    def note(self, jobs: Iterable[Job]) -> None:
+        """These jobs have changed; cheap enough for every event."""
+        with self._lock:
+            for job in jobs:
+                self._dirty[job.id] = job
+            if self._scheduled or not self._storage.durable or not self._dirty:
+                return
+            self._scheduled = True
+        self._clock.call_later(max(_INTERVAL, _SHARE * self._last_duration), self._write_in_background)
+
+    def flush(self) -> None:
+        """Write what was noted, and return when it is durable.
+
+        Raises:
+            StorageUnavailableError: the storage has been away for too long; what was noted is kept.
+        """
+        delay = _FIRST_BACKOFF
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                self._write()
+            except StorageUnavailableError:
+                if time.monotonic() + delay > deadline:
+                    raise
+                _log.warning("the storage is not available; trying again in %.2g s", delay, exc_info=True)
+                time.sleep(delay)
+                delay *= 2
+            else:
+                return
+
+    def _write_in_background(self) -> None:
+        with self._lock:
+            self._scheduled = False
+        try:
+            self._write()
+        except StorageUnavailableError:
+            _log.warning("the storage is not available; results are kept", exc_info=True)
+            self.note(())
+
+    def _write(self) -> None:
+        # One write at a time; a second one waits, so that what it was called for is written when it returns.
+        with self._writing:
+            with self._lock:
+                dirty, self._dirty = self._dirty, {}
+            if not dirty:
+                return
+            start = time.monotonic()
+            try:
+                updates = [_update(job) for job in dirty.values()]
+                try:
+                    self._storage.update_jobs(updates)
+                except StorageUnavailableError:
+                    raise
+                except StorageError:
+                    # Something is wrong with one of them (its search was deleted, say): the others go in without it.
+                    self._write_one_by_one(updates)
+            except BaseException:
+                with self._lock:
+                    self._dirty = dirty | self._dirty
+                raise
+            self._last_duration = time.monotonic() - start
+
+    def _write_one_by_one(self, updates: list[JobUpdate]) -> None:
+        for update in updates:
+            try:
+                self._storage.update_jobs([update])
+            except StorageUnavailableError:
+                raise
+            except StorageError as exc:
+                _log.error("job %s cannot be recorded: %s", update.id, exc)  # noqa: TRY400 - one line is enough
+
+
+def _update(job: Job) -> JobUpdate:
+    """All of a job as it is now. The state is read first: once it is terminal, all the rest is final."""
+    state = job.state
+    records = job.records
+    return JobUpdate(
+        job.id,
+        state,
+        job.output,
+        job.error,
+        job.cause,
+        job.measured,
+        records or None,
+        job.attempt,
+    )

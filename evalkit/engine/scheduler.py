@@ -1,0 +1,495 @@
+"""Scheduler: holds every job that is out, feeds the backend, and turns what it tells into the states of jobs.
+
+::
+
+    admit ─▶ pending ──pump──▶ in the backend ──emit──▶ finished ──take──▶ gather
+                ▲                     │
+                └──── retry, lost ────┘
+
+One lock guards it all; nothing is called under it but the jobs' own methods. What has ended and was gathered is forgotten, so
+no step depends on how many jobs there were.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+from evalkit.backends.base import Backend
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Lost, Measured, Progress, Recorded, Started, WorkerIdentity
+from evalkit.engine.clock import Clock
+from evalkit.engine.notifier import Notifier
+from evalkit.engine.recorder import Recorder
+from evalkit.engine.retry import RetryPolicy
+from evalkit.engine.waiting import AllWaiter, BatchWaiter, JobWaiter, Waiter
+from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobState
+
+__all__ = ["Scheduler"]
+
+_log = logging.getLogger("evalkit")
+
+_MAX_LOSSES = 10  # a job whose runs end so often by no fault of its own is not sent again
+_by_number = attrgetter("number")
+
+
+class Scheduler:
+    """Holds the jobs of one evaluator between submit and gather. It is the :class:`evalkit.job.JobOwner` of its jobs.
+
+    Args:
+        epoch: seconds since the Unix epoch at which its clock reads 0.
+        job_timeout: seconds that a run may take; None for no limit.
+        grace: seconds between asking a job to stop and its end by force.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        recorder: Recorder,
+        notifier: Notifier,
+        timers: Clock,
+        *,
+        epoch: float,
+        retries: RetryPolicy,
+        job_timeout: float | None,
+        grace: float,
+    ) -> None:
+        self._backend = backend
+        self._recorder = recorder
+        self._notifier = notifier
+        self._timers = timers
+        self.epoch = epoch
+        self._retries = retries
+        self._job_timeout = job_timeout
+        # Backends that kill take up to a second from SIGTERM to SIGKILL; that second is part of the grace.
+        self._patience = max(grace - 1.0, grace / 2)
+        self._lock = threading.Lock()
+        self._dispatching = threading.Lock()
+        self._pump_again = False
+        self._out: dict[str, Job] = {}
+        self._pending: deque[Job] = deque()
+        self._in_backend: dict[str, Job] = {}
+        self._finished: dict[str, Job] = {}
+        self._running: dict[str, float] = {}  # id -> monotonic start, oldest first; only with a job_timeout
+        self._timeout_scheduled = False
+        # Running jobs that were asked to stop: id -> why. CANCELLING is in the job's state; the others are out of time.
+        self._dooms: dict[str, str] = {}
+        self._failures: dict[str, list[JobCause]] = {}
+        self._waiters: list[Waiter] = []
+        self._last_number = -1
+        self._handlers: dict[type, Callable[[_Turn, Job, Any], None]] = {
+            Done: self._on_done,
+            Started: self._on_started,
+            Progress: self._on_progress,
+            Recorded: self._on_recorded,
+            Failed: self._on_failed,
+            Cancelled: self._on_cancelled,
+            Lost: self._on_lost,
+        }
+
+    # -- what the evaluator asks ----------------------------------------------------------------------------------
+
+    def clock(self) -> float:
+        """Seconds since :attr:`epoch`."""
+        return time.time() - self.epoch
+
+    @property
+    def num_out(self) -> int:
+        """How many jobs were admitted and not taken yet."""
+        with self._lock:
+            return len(self._out) + len(self._finished)
+
+    def admit(self, jobs: Sequence[Job]) -> None:
+        """Take these jobs in and start what can start."""
+        with self._lock:
+            for job in jobs:
+                self._out[job.id] = job
+            self._pending.extend(jobs)
+            self._last_number = jobs[-1].number
+            if self._notifier.active:
+                self._notifier.post("on_launch", jobs)
+        if self._notifier.inline:
+            self._notifier.drain()
+        self.pump()
+
+    def wait_batch(self, size: int) -> tuple[list[Job], int]:
+        """Wait for ``size`` jobs, or for all if fewer are out; take everything that has ended by then.
+
+        Returns:
+            the jobs, in the order in which they ended, and how many were out.
+        """
+        with self._lock:
+            out = len(self._out) + len(self._finished)
+            waiter = self._enlist(BatchWaiter(size))
+        self._wait(waiter, None)
+        with self._lock:
+            jobs, self._finished = list(self._finished.values()), {}
+        return jobs, out
+
+    def wait_all(self) -> list[Job]:
+        """Wait for every job that is out by now and take them, in the order of submission."""
+        with self._lock:
+            last = self._last_number
+            waiter = self._enlist(AllWaiter(len(self._out), last))
+        self._wait(waiter, None)
+        with self._lock:
+            jobs = [job for job in self._finished.values() if job.number <= last]
+            if len(jobs) == len(self._finished):
+                self._finished = {}
+            else:
+                for job in jobs:
+                    del self._finished[job.id]
+        jobs.sort(key=_by_number)
+        return jobs
+
+    def wait_job(self, job: Job, timeout: float | None) -> bool:
+        """Wait for one job; say whether it has ended."""
+        with self._lock:
+            waiter = self._enlist(JobWaiter(job))
+        return self._wait(waiter, timeout)
+
+    def take(self, job: Job) -> bool:
+        """Take one job that has ended; say whether nobody had taken it before."""
+        with self._lock:
+            return self._finished.pop(job.id, None) is not None
+
+    def put_back(self, jobs: Iterable[Job]) -> None:
+        """Undo taking: the next gather returns them."""
+        with self._lock:
+            self._finished = {job.id: job for job in jobs} | self._finished
+            self._release_waiters()
+
+    def cancel_job(self, job: Job) -> CancelOutcome:
+        return self._cancel(job, "cancelled by the user")
+
+    def cancel_all(self, reason: str) -> list[Job]:
+        """Cancel every job that is out; return those that were not ended."""
+        with self._lock:
+            jobs = list(self._out.values())
+        # The last first: none of them may start because those before it went.
+        for job in reversed(jobs):
+            self._cancel(job, reason)
+        return jobs
+
+    def give_up(self, reason: str) -> None:
+        """The backend has stopped: what has not ended by now never will."""
+        turn = _Turn(self.clock())
+        with self._lock:
+            for job in list(self._out.values()):
+                if job.state is not JobState.CANCELLING:
+                    job.move(JobState.CANCELLING, reason)
+                self._end(turn, job, JobState.CANCELLED)
+            self._pending.clear()
+            self._in_backend.clear()
+            self._conclude(turn)
+        self._tell(turn)
+
+    # -- waiting --------------------------------------------------------------------------------------------------
+
+    def _enlist(self, waiter: Waiter) -> Waiter:
+        if waiter.satisfied(len(self._finished), len(self._out)):
+            waiter.release()
+        else:
+            self._waiters.append(waiter)
+        return waiter
+
+    def _wait(self, waiter: Waiter, timeout: float | None) -> bool:
+        try:
+            if not self._backend.runs_in_caller:
+                return waiter.wait(timeout)
+            deadline = None if timeout is None else time.monotonic() + timeout
+            # With callbacks one job at a time, so that what they decide holds for the next.
+            limit = 1 if self._notifier.active or not isinstance(waiter, AllWaiter) else 64
+            while not waiter.done:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                if not self._backend.step(limit, left):
+                    # Nothing to run here and now: another thread is submitting, or a retry waits for its time.
+                    waiter.wait(0.05 if left is None else min(left, 0.05))
+            return True
+        finally:
+            if not waiter.done:
+                with self._lock:
+                    if waiter in self._waiters:
+                        self._waiters.remove(waiter)
+
+    def _release_waiters(self) -> None:
+        if self._waiters:
+            finished, out = len(self._finished), len(self._out)
+            for waiter in [waiter for waiter in self._waiters if waiter.satisfied(finished, out)]:
+                self._waiters.remove(waiter)
+                waiter.release()
+
+    # -- feeding the backend --------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Give the backend what it has room for. One thread does it at a time; who comes meanwhile has it done once more."""
+        while True:
+            self._pump_again = True
+            if not self._dispatching.acquire(blocking=False):
+                return
+            try:
+                self._pump_again = False
+                batch = self._next_batch()
+                if batch:
+                    self._backend.dispatch(batch)
+            finally:
+                self._dispatching.release()
+            if not batch and not self._pump_again:
+                return
+
+    def _next_batch(self) -> list[Job]:
+        pending = self._pending
+        if not pending:
+            return []
+        with self._lock:
+            in_backend = self._in_backend
+            room = self._backend.capacity - len(in_backend)
+            batch: list[Job] = []
+            while pending and len(batch) < room:
+                job = pending.popleft()
+                if job.state is JobState.QUEUED:
+                    in_backend[job.id] = job
+                    batch.append(job)
+            return batch
+
+    # -- what the backend tells -----------------------------------------------------------------------------------
+
+    def emit(self, events: Sequence[Event]) -> None:
+        """What happened, in order. Called by the backend, from any thread."""
+        turn = _Turn(self.clock())
+        handlers = self._handlers
+        with self._lock:
+            for event in events:
+                job = self._in_backend.get(event.job_id)
+                if job is not None:  # else it was given up
+                    handlers[type(event)](turn, job, event)
+            self._conclude(turn)
+        self._tell(turn)
+        if self._pending:
+            self.pump()
+
+    def _conclude(self, turn: _Turn) -> None:
+        """With the lock: have what was touched recorded and told of, before anybody can gather it."""
+        if turn.touched:
+            self._recorder.note(turn.touched)
+        if self._notifier.active:
+            self._notifier.post("on_progress", turn.progressed)
+            self._notifier.post("on_done", turn.ended)
+        self._release_waiters()
+
+    def _tell(self, turn: _Turn) -> None:
+        """Without the lock: call those who wait for the end of one job."""
+        for job, callbacks in turn.callbacks:
+            for callback in callbacks:
+                try:
+                    callback(job)
+                except Exception:
+                    _log.exception("a callback of job %s failed", job.id)
+        if self._notifier.inline:
+            self._notifier.drain()
+
+    def _on_started(self, turn: _Turn, job: Job, event: Started) -> None:
+        since = event.time - self.epoch
+        if job.state is JobState.QUEUED:
+            job.start(since)
+        job.measured.timestamp_start = since
+        self._note_worker(job, event.worker)
+        turn.touched.append(job)
+        turn.progressed.append(job)
+        if self._job_timeout is not None:
+            self._running.pop(job.id, None)
+            self._running[job.id] = time.monotonic()
+            if not self._timeout_scheduled:
+                self._timeout_scheduled = True
+                self._timers.call_later(self._job_timeout, self._check_timeouts)
+
+    def _on_progress(self, turn: _Turn, job: Job, event: Progress) -> None:
+        job.note_progress(event.progress, event.phase)
+        turn.progressed.append(job)
+
+    def _on_recorded(self, turn: _Turn, job: Job, event: Recorded) -> None:
+        job.note_record(event.values)
+        turn.touched.append(job)
+
+    def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
+        self._leave_backend(turn, job, event.measured, event.worker)
+        if job.state is JobState.QUEUED:
+            job.start(turn.now)
+        if self._dooms and self._again(turn, job, None):
+            return
+        self._end(turn, job, JobState.DONE, event.output)
+
+    def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
+        self._leave_backend(turn, job, event.measured, event.worker)
+        if not self._again(turn, job, event.cause):
+            self._end(turn, job, JobState.FAILED, None, event.error, event.cause)
+
+    def _on_cancelled(self, turn: _Turn, job: Job, event: Cancelled) -> None:
+        self._leave_backend(turn, job, None, None)
+        if job.state is not JobState.CANCELLING:
+            job.move(JobState.CANCELLING, "interrupted")
+        self._end(turn, job, JobState.CANCELLED)
+
+    def _on_lost(self, turn: _Turn, job: Job, event: Lost) -> None:
+        self._leave_backend(turn, job, None, None)
+        losses = self._failures.setdefault(job.id, [])
+        losses.append(JobCause.LOST)
+        if job.id in self._dooms or job.state is JobState.CANCELLING or len(losses) > _MAX_LOSSES:
+            self._end(turn, job, JobState.FAILED, None, ErrorInfo("JobLost", event.reason), JobCause.LOST)
+            return
+        # The machine's fault, not the job's: it goes first, and none of its own retries is used up.
+        if job.state is JobState.RUNNING:
+            job.retry()
+        turn.touched.append(job)
+        self._pending.appendleft(job)
+
+    def _leave_backend(
+        self, turn: _Turn, job: Job, measured: Measured | None, worker: WorkerIdentity | None
+    ) -> None:
+        del self._in_backend[job.id]
+        if self._running:
+            self._running.pop(job.id, None)
+        facts = job.measured
+        if measured is None:
+            if facts.timestamp_start is not None:
+                facts.timestamp_end = turn.now
+        else:
+            start, end, facts.cpu_time, facts.peak_rss = measured
+            facts.timestamp_start = start - self.epoch
+            facts.timestamp_end = end - self.epoch
+        facts.timestamp_gather = turn.now
+        if worker is not None:
+            facts.host, facts.pid, facts.worker = worker.host, worker.pid, worker.name
+
+    def _note_worker(self, job: Job, worker: WorkerIdentity | None) -> None:
+        if worker is not None:
+            facts = job.measured
+            facts.host, facts.pid, facts.worker = worker.host, worker.pid, worker.name
+
+    def _end(
+        self,
+        turn: _Turn,
+        job: Job,
+        state: JobState,
+        output: Any = None,
+        error: ErrorInfo | None = None,
+        cause: JobCause | None = None,
+    ) -> None:
+        """A job has ended; what that means depends on what was asked of it before."""
+        job_id = job.id
+        doom = self._dooms.pop(job_id, None) if self._dooms else None
+        if job.state is JobState.CANCELLING:
+            state, error, cause = JobState.CANCELLED, None, None
+        elif doom is not None:
+            state, error, cause = JobState.FAILED, ErrorInfo("JobTimeout", doom), JobCause.TIMEOUT
+        callbacks = job.finish(state, output=output, error=error, cause=cause)
+        if callbacks:
+            turn.callbacks.append((job, callbacks))
+        del self._out[job_id]
+        self._finished[job_id] = job
+        if self._failures:
+            self._failures.pop(job_id, None)
+        for waiter in self._waiters:
+            waiter.ended(job)
+        turn.touched.append(job)
+        turn.ended.append(job)
+
+    # -- other attempts -------------------------------------------------------------------------------------------
+
+    def _again(self, turn: _Turn, job: Job, cause: JobCause | None) -> bool:
+        """Whether a run that ended by ``cause`` is followed by another attempt, which is then under way."""
+        if job.state is JobState.CANCELLING:
+            return False
+        if job.id in self._dooms:
+            cause = JobCause.TIMEOUT
+        if cause is None or job.state is JobState.QUEUED:
+            return False  # it went well, or could not even be sent
+        failures = self._failures.get(job.id, [])
+        before = failures.count(cause)
+        if not self._retries.allows(cause, before):
+            return False
+        self._failures[job.id] = [*failures, cause]
+        self._dooms.pop(job.id, None)
+        job.retry()
+        turn.touched.append(job)
+        if self._retries.backoff:
+            self._timers.call_later(self._retries.backoff * 2.0 ** len(failures), self._requeue, job)
+        else:
+            self._pending.append(job)
+        return True
+
+    def _requeue(self, job: Job) -> None:
+        with self._lock:
+            if job.state is JobState.QUEUED:
+                self._pending.append(job)
+        self.pump()
+
+    # -- endings that are asked for -------------------------------------------------------------------------------
+
+    def _cancel(self, job: Job, reason: str) -> CancelOutcome:
+        turn = _Turn(self.clock())
+        with self._lock:
+            if job.is_complete:
+                return CancelOutcome.TOO_LATE
+            if job.state is JobState.CANCELLING or job.id in self._dooms:
+                return CancelOutcome.REQUESTED
+            job.move(JobState.CANCELLING, reason)
+            sent = job.id in self._in_backend
+            if sent:
+                self._dooms[job.id] = reason
+                turn.touched.append(job)
+            else:
+                self._end(turn, job, JobState.CANCELLED)
+            self._conclude(turn)
+        self._tell(turn)
+        if sent:
+            self._backend.cancel(job.id, kill=False)
+            if not job.is_complete:
+                self._timers.call_later(self._patience, self._kill, job.id)
+        return CancelOutcome.CANCELLED if job.is_complete else CancelOutcome.REQUESTED
+
+    def _check_timeouts(self) -> None:
+        limit = self._job_timeout
+        if limit is None:
+            return
+        due: list[str] = []
+        with self._lock:
+            now = time.monotonic()
+            self._timeout_scheduled = False
+            for job_id, since in self._running.items():
+                if now - since < limit:
+                    self._timeout_scheduled = True
+                    self._timers.call_later(since + limit - now, self._check_timeouts)
+                    break
+                due.append(job_id)
+            for job_id in due:
+                del self._running[job_id]
+                self._dooms.setdefault(job_id, f"it ran longer than job_timeout={limit:g} s")
+        for job_id in due:
+            self._backend.cancel(job_id, kill=False)
+            self._timers.call_later(self._patience, self._kill, job_id)
+
+    def _kill(self, job_id: str) -> None:
+        with self._lock:
+            if job_id not in self._dooms:
+                return
+        self._backend.cancel(job_id, kill=True)
+
+
+class _Turn:
+    """What one round of events has changed."""
+
+    __slots__ = ("callbacks", "ended", "now", "progressed", "touched")
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.touched: list[Job] = []
+        self.progressed: list[Job] = []
+        self.ended: list[Job] = []
+        self.callbacks: list[tuple[Job, list[Callable[[Job], None]]]] = []

@@ -1,0 +1,121 @@
+"""RunningJob: what the run function holds while it runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+__all__ = ["Channel", "RunningJob", "call_with_kwargs", "is_coroutine_function"]
+
+
+class Channel(Protocol):
+    """The way back from a running job to its evaluator, whatever lies between."""
+
+    def progress(self, job_id: str, progress: float, phase: str) -> None: ...
+
+    def record(self, job_id: str, values: dict[str, Any]) -> None: ...
+
+    def stop_requested(self, job_id: str) -> bool: ...
+
+
+class RunningJob(Mapping[str, Any]):
+    """A mapping of the parameters, plus the channel back.
+
+    Attributes:
+        parameters: a dict of this run alone; changing it changes nothing outside.
+        id: ``"<search>.<number>"``.
+        attempt: 0 for the first run, one more for each retry.
+        worker_state: what ``worker_init`` returned in this worker; None without one.
+        resources: what this job may use, such as ``{"gpu": "0"}``.
+    """
+
+    __slots__ = ("_channel", "attempt", "id", "parameters", "resources", "worker_state")
+
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        id: str,
+        attempt: int,
+        channel: Channel,
+        worker_state: Any = None,
+        resources: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.parameters = parameters
+        self.id = id
+        self.attempt = attempt
+        self.worker_state = worker_state
+        self.resources = {} if resources is None else resources
+        self._channel = channel
+
+    def __getitem__(self, name: str) -> Any:
+        return self.parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def __repr__(self) -> str:
+        return f"RunningJob({self.id!r}, attempt={self.attempt}, {self.parameters!r})"
+
+    def report(self, progress: float, phase: str = "") -> bool:
+        """Say how far it is. Calling it often is cheap: what comes too fast is merged.
+
+        Args:
+            progress: from 0 to 1; what lies outside is moved to the nearer end.
+            phase: what it is doing, in a few words.
+
+        Returns:
+            whether it was asked to stop, as :meth:`stopped`.
+
+        Raises:
+            ValueError: progress is NaN.
+            TypeError: progress is not a number.
+        """
+        if math.isnan(progress):
+            raise ValueError("report() takes a progress from 0 to 1, not NaN")
+        self._channel.progress(self.id, min(1.0, max(0.0, float(progress))), str(phase))
+        return self.stopped()
+
+    def record(self, **values: Any) -> None:
+        """Keep intermediate values, such as ``record(budget=3, objective=0.8)``; they outlive a crash of the job."""
+        self._channel.record(self.id, values)
+
+    def stopped(self) -> bool:
+        """Whether it was asked to stop: cancelled, pruned or out of time. Return soon; what you return is kept."""
+        return self._channel.stop_requested(self.id)
+
+
+class call_with_kwargs:  # noqa: N801 - read as a function
+    """Wrap a function written as ``train(lr, depth)`` so that it can be a run function. Picklable if ``fn`` is.
+
+    Args:
+        fn: called with the parameters of the job as keyword arguments, and with ``run_function_kwargs``.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        if not callable(fn):
+            raise TypeError(f"call_with_kwargs takes a callable, not {fn!r}")
+        self.fn = fn
+
+    def __call__(self, job: Mapping[str, Any], **kwargs: Any) -> Any:
+        return self.fn(**job, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"call_with_kwargs({self.fn!r})"
+
+
+def is_coroutine_function(fn: Any) -> bool:
+    """Whether calling ``fn`` gives an awaitable: an ``async def``, or a partial, wrapper or callable object of one."""
+    while True:
+        if isinstance(fn, functools.partial):
+            fn = fn.func
+        elif isinstance(fn, call_with_kwargs):
+            fn = fn.fn
+        else:
+            break
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
