@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import importlib.metadata
 import logging
 import traceback
 from collections.abc import Iterable, Mapping
@@ -83,6 +82,8 @@ class Plugins:
         self.broken: list[BrokenPlugin] = []
         self._backends: _Table[BackendSpec] = _Table("backend", builtin.KNOWN_BACKENDS)
         self._storages: _Table[StorageSpec] = _Table("storage", builtin.KNOWN_STORAGES)
+        import importlib.metadata  # slow, and needed here only
+
         from evalkit import __version__
 
         self._add(Origin("evalkit", "evalkit", __version__), builtin)
@@ -153,7 +154,7 @@ class Plugins:
             BrokenPluginError: it is there and does not load.
         """
         spec = self._find(self._backends, name)
-        return _load(spec.target, spec.name, spec.install, "backend", Backend)
+        return _load(spec.target, spec.name, spec.install, "backend", Backend)  # type: ignore[type-abstract]
 
     def open_storage(self, url: str) -> Storage:
         """Open the storage that a URL names.
@@ -173,7 +174,7 @@ class Plugins:
             spec = self._find(self._storages, base)
         except UnknownPluginError as exc:
             raise StorageURLError(str(exc)) from None
-        return _load(spec.target, base, spec.install, "storage", Storage).from_url(url)
+        return _load(spec.target, base, spec.install, "storage", Storage).from_url(url)  # type: ignore[type-abstract]
 
     def _find(self, table: _Table[Spec], name: str) -> Spec:
         if name in table.specs:

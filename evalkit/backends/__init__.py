@@ -1,5 +1,10 @@
 """Where jobs run: the contract, and the doors for authors of backends."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from evalkit.backends.base import Backend, BackendSpec, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import (
     Cancelled,
@@ -13,7 +18,12 @@ from evalkit.backends.events import (
     WorkerIdentity,
 )
 
+if TYPE_CHECKING:
+    from evalkit.backends.asynchronous import AsyncBackend
+    from evalkit.backends.executor import ExecutorBackend
+
 __all__ = [
+    "AsyncBackend",
     "Backend",
     "BackendSpec",
     "Cancelled",
@@ -21,6 +31,7 @@ __all__ = [
     "Done",
     "Emit",
     "Event",
+    "ExecutorBackend",
     "Failed",
     "Lost",
     "Progress",
@@ -30,3 +41,12 @@ __all__ = [
     "Task",
     "WorkerIdentity",
 ]
+
+_MODULES = {"AsyncBackend": "asynchronous", "ExecutorBackend": "executor"}
+
+
+def __getattr__(name: str) -> Any:
+    # asyncio and concurrent.futures are imported when they are wanted.
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"evalkit.backends.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

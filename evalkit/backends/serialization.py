@@ -26,12 +26,13 @@ _PROTOCOL = 5
 _MAX_DEPTH = 8
 
 
-def dumps(value: Any, name: str, *, function: bool = False) -> tuple[bytes, list[memoryview]]:
+def dumps(value: Any, name: str, *, function: bool = False, in_band: bool = False) -> tuple[bytes, list[memoryview]]:
     """Pickle ``value``.
 
     Args:
         name: what to call it in an error, such as ``args``.
         function: whether it is, or holds, a function; then cloudpickle comes first.
+        in_band: whether large buffers are to be in the pickle like all else.
 
     Returns:
         the pickle, and the large buffers that go with it, in order.
@@ -43,7 +44,7 @@ def dumps(value: Any, name: str, *, function: bool = False) -> tuple[bytes, list
 
     def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
-        if raw.nbytes < OUT_OF_BAND_BYTES:
+        if in_band or raw.nbytes < OUT_OF_BAND_BYTES:
             return True
         buffers.append(raw)
         return False
@@ -64,7 +65,7 @@ def dumps(value: Any, name: str, *, function: bool = False) -> tuple[bytes, list
         raise explain(value, name, exc) from exc
 
 
-def loads(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> Any:
+def loads(data: bytes | bytearray, buffers: Iterable[Any] = ()) -> Any:
     """The inverse of :func:`dumps`."""
     return pickle.loads(data, buffers=buffers)
 

@@ -49,4 +49,11 @@ class RetryPolicy:
 
     def allows(self, cause: JobCause, before: int) -> bool:
         """Whether a job that has failed by ``cause`` ``before`` times earlier, and now again, gets another attempt."""
-        return before < getattr(self, cause.value.lower())
+        limits = {
+            JobCause.EXCEPTION: self.exception,
+            JobCause.CRASH: self.crash,
+            JobCause.TIMEOUT: self.timeout,
+            JobCause.MEMORY: self.memory,
+            JobCause.LOST: self.lost,
+        }
+        return before < limits[cause]

@@ -103,6 +103,7 @@ class Table:
         ids, codes, versions = self._ids, self._codes, self._versions
         skip = len(self.id) + 1
         numbers: list[int] = []
+        conflict: VersionConflictError | None = None
         for update in updates:
             job_id = update.id
             try:
@@ -114,11 +115,13 @@ class Table:
                 raise job_not_found(job_id)
             if codes[number] >= _FIRST_TERMINAL:
                 raise _final(job_id, _STATES[codes[number]])
-            if update.if_version is not None and versions[number] != update.if_version:
-                raise VersionConflictError(job_id, update.if_version, versions[number])
+            if update.if_version is not None and versions[number] != update.if_version and conflict is None:
+                conflict = VersionConflictError(job_id, update.if_version, versions[number])
             numbers.append(number)
         if len(set(numbers)) != len(numbers):
             self._check_repeated(updates, numbers)
+        elif conflict is not None:
+            raise conflict
         return numbers
 
     def _check_repeated(self, updates: Sequence[JobUpdate], numbers: list[int]) -> None:

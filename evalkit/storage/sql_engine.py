@@ -235,8 +235,8 @@ class Database:
         if found is None or found[0] != SCHEMA_VERSION:
             raise StorageFormatError(
                 f"{self._address.shown} has version {found and found[0]} of the tables of evalkit, and this evalkit "
-                f"knows version {SCHEMA_VERSION}: open it with the evalkit that wrote it or a newer one, or use another "
-                "database"
+                f"knows version {SCHEMA_VERSION}: open it with the evalkit that wrote it or a newer one, or use "
+                "another database"
             )
 
     def _has_schema(self, cursor: Cursor) -> bool:

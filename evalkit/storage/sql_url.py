@@ -89,6 +89,8 @@ class SQLAddress:
         values = [value for value in secret.values() if isinstance(value, str)]
         if url.password:
             values.append(str(url.password))
+        elif url.password is not None:  # an empty one, as in "user:@host", which would be shown as a hidden one
+            url = URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
         shown = url.update_query_dict(dict.fromkeys(secret, _HIDDEN)).render_as_string(hide_password=True)
         return cls(url, shown, None, tuple(values), timeout)
 

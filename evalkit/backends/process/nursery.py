@@ -60,13 +60,13 @@ class _Nursery:
 
     def serve(self) -> None:
         while True:
-            readable, _, _ = select.select([self._sock, self._wake_read], [], [])
+            readable, _, _ = select.select([self._sock.fileno(), self._wake_read], [], [])
             if self._wake_read in readable:
                 with contextlib.suppress(BlockingIOError):
                     while os.read(self._wake_read, 4096):
                         pass
                 self._bury()
-            if self._sock in readable:
+            if self._sock.fileno() in readable:
                 try:
                     data, fds, _, _ = socket.recv_fds(self._sock, MESSAGE.size, 2)
                 except ConnectionResetError:
