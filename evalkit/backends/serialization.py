@@ -17,13 +17,40 @@ import cloudpickle
 
 from evalkit.errors import SerializationError
 
-__all__ = ["OUT_OF_BAND_BYTES", "dumps", "explain", "loads"]
+__all__ = ["OUT_OF_BAND_BYTES", "Packer", "dumps", "explain", "loads"]
 
 #: Buffers of at least this many bytes travel beside the pickle instead of in it.
 OUT_OF_BAND_BYTES = 65536
 
 _PROTOCOL = 5
 _MAX_DEPTH = 8
+
+
+class Packer:
+    """:func:`dumps` for many values of one name, without setting up for each."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._buffers: list[memoryview] = []
+
+    def pack(self, value: Any) -> tuple[bytes, list[memoryview]]:
+        """As :func:`dumps`."""
+        try:
+            data = pickle.dumps(value, _PROTOCOL, buffer_callback=self._keep_in_band)
+        except Exception:  # noqa: BLE001 - dumps has the last word
+            data = b"__main__"
+        buffers = self._buffers
+        if buffers:
+            self._buffers = []
+        # A reference to __main__ means another module over there.
+        return (data, buffers) if b"__main__" not in data else dumps(value, self._name, function=True)
+
+    def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < OUT_OF_BAND_BYTES:
+            return True
+        self._buffers.append(raw)
+        return False
 
 
 def dumps(value: Any, name: str, *, function: bool = False, in_band: bool = False) -> tuple[bytes, list[memoryview]]:

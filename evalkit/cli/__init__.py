@@ -1,0 +1,3 @@
+"""The command line: one file a command. :func:`evalkit.cli.app.main` is where it starts."""
+
+__all__: list[str] = []

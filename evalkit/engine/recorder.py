@@ -18,6 +18,7 @@ _log = logging.getLogger("evalkit")
 
 _INTERVAL = 0.05  # seconds between writes nobody waits for; longer if one takes long
 _SHARE = 10  # background writes take at most one tenth of the time
+_SLICE = 1000  # jobs in one write
 _PATIENCE = 10.0  # seconds for which a storage that is away is tried again
 _FIRST_BACKOFF = 0.05  # seconds; doubles with each try
 
@@ -87,19 +88,26 @@ class Recorder:
                 return
             start = time.monotonic()
             try:
-                updates = [_update(job) for job in dirty.values()]
-                try:
-                    self._storage.update_jobs(updates)
-                except StorageUnavailableError:
-                    raise
-                except StorageError:
-                    # Something is wrong with one of them (its search was deleted, say): the others go in without it.
-                    self._write_one_by_one(updates)
+                jobs = list(dirty.values())
+                for first in range(0, len(jobs), _SLICE):
+                    part = jobs[first : first + _SLICE]
+                    self._write_some([_update(job) for job in part])
+                    for job in part:
+                        del dirty[job.id]
             except BaseException:
                 with self._lock:
                     self._dirty = dirty | self._dirty
                 raise
             self._last_duration = time.monotonic() - start
+
+    def _write_some(self, updates: list[JobUpdate]) -> None:
+        try:
+            self._storage.update_jobs(updates)
+        except StorageUnavailableError:
+            raise
+        except StorageError:
+            # Something is wrong with one of them (its search was deleted, say): the others go in without it.
+            self._write_one_by_one(updates)
 
     def _write_one_by_one(self, updates: list[JobUpdate]) -> None:
         for update in updates:

@@ -257,7 +257,7 @@ class Storage(ABC):
         No job is ever claimed by two workers at once.
 
         Args:
-            n: at least 1.
+            n: at least 1; ``ValueError`` otherwise.
             worker: who takes them.
             lease: seconds after which they may be given to another unless the lease is renewed.
         """

@@ -173,14 +173,16 @@ def _encodable(text: str) -> bool:
 
 
 def _datetime(value: datetime.datetime | datetime.time) -> dict[str, Any]:
-    # ISO text holds an offset only: not a named zone, nor which side of a clock change it is.
+    # ISO text holds an offset, not a named zone, nor which side of a clock change it is.
     zone = value.tzinfo
-    exact = zone is None or (
-        type(zone) is datetime.timezone and repr(zone) == repr(datetime.timezone(zone.utcoffset(None)))
-    )
-    if value.fold or not exact:
-        return _pickled(value)
-    return _tagged(type(value).__name__, value.isoformat())
+    if zone is None or (type(zone) is datetime.timezone and _is_unnamed(zone)):
+        text = value.isoformat()
+        return _tagged(type(value).__name__, [text, value.fold] if value.fold else text)
+    return _pickled(value)
+
+
+def _is_unnamed(zone: datetime.timezone) -> bool:
+    return repr(zone) == repr(datetime.timezone(zone.utcoffset(None)))
 
 
 def _numpy(value: Any) -> dict[str, Any]:
@@ -307,6 +309,10 @@ def _enum(payload: list[Any]) -> Any:
     return _READERS[kind](pickled)
 
 
+def _folded(read: Callable[[str], Any]) -> Callable[[Any], Any]:
+    return lambda payload: read(payload) if type(payload) is str else read(payload[0]).replace(fold=payload[1])
+
+
 def _numpy_of(payload: list[Any]) -> Any:
     import numpy
 
@@ -314,7 +320,8 @@ def _numpy_of(payload: list[Any]) -> Any:
     raw = base64.b64decode(data)
     if shape is None:
         return numpy.frombuffer(raw, dtype)[0]
-    return numpy.frombuffer(raw, dtype).reshape(shape).copy() if raw else numpy.empty(shape, dtype)
+    flat = numpy.frombuffer(raw, dtype) if raw else numpy.empty(0, dtype)
+    return flat.reshape(shape).copy()
 
 
 def _numpy_text(kind: str) -> Callable[[Any], Any]:
@@ -337,8 +344,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "bytes": base64.b64decode,
     "bytearray": lambda payload: bytearray(base64.b64decode(payload)),
     "complex": lambda payload: complex(*payload),
-    "datetime": datetime.datetime.fromisoformat,
-    "time": datetime.time.fromisoformat,
+    "datetime": _folded(datetime.datetime.fromisoformat),
+    "time": _folded(datetime.time.fromisoformat),
     "date": datetime.date.fromisoformat,
     "timedelta": lambda payload: datetime.timedelta(*payload),
     "Decimal": decimal.Decimal,

@@ -12,7 +12,14 @@ from evalkit.errors import SerializationError
 from evalkit.job import JobState
 from evalkit.storage.base import JobRecord, JobUpdate, SearchRecord, Storage
 from evalkit.storage.memory_table import Table, code_of
-from evalkit.storage.naming import check_bare_url, check_search_id, job_not_found, search_exists, search_not_found
+from evalkit.storage.naming import (
+    check_bare_url,
+    check_claim,
+    check_search_id,
+    job_not_found,
+    search_exists,
+    search_not_found,
+)
 
 __all__ = ["MemoryStorage"]
 
@@ -158,6 +165,7 @@ class MemoryStorage(Storage):
     # -- the queue that pull workers draw from --------------------------------------------------------------------
 
     def claim_jobs(self, search_id: str, n: int, worker: str, lease: float) -> list[JobRecord]:
+        check_claim(n)
         with self._lock:
             return self._table(search_id).claim(n, worker, time.time() + lease)
 

@@ -16,7 +16,7 @@ from typing import Any
 from evalkit.errors import FinalStateError, VersionConflictError
 from evalkit.job import TERMINAL_STATES, ErrorInfo, JobCause, JobState
 from evalkit.storage.base import JobRecord, JobUpdate
-from evalkit.storage.naming import job_not_found
+from evalkit.storage.naming import job_not_found, split_job_id
 
 __all__ = ["Table", "code_of"]
 
@@ -155,7 +155,7 @@ class Table:
                     heappush(self._expiries, (leases[number], number))
             if update.metadata is not None:
                 metadata[number] = update.metadata
-            if update.worker is not None:
+            if update.worker is not None and codes[number] != _QUEUED:  # a queued job is held by nobody
                 self._workers[number] = update.worker
             if update.attempt is not None:
                 self._attempts[number] = update.attempt
@@ -229,9 +229,8 @@ class Table:
         return [self.record(number) for number in numbers]
 
     def _number(self, job_id: str) -> int:
-        tail = job_id[len(self.id) + 1 :]
-        number = int(tail) if tail.isdecimal() else -1
-        if not 0 <= number < len(self._ids) or self._ids[number] != job_id:
+        search_id, number = split_job_id(job_id)
+        if search_id != self.id or number >= len(self._ids):
             raise job_not_found(job_id)
         return number
 
@@ -280,7 +279,7 @@ class Table:
             number = self._number(job_id)
         except LookupError:
             return False
-        if self._workers[number] != worker or self._codes[number] >= _FIRST_TERMINAL:
+        if self._workers[number] != worker or not _QUEUED < self._codes[number] < _FIRST_TERMINAL:
             return False
         self._lease(number, expires)
         return True

@@ -10,6 +10,7 @@ from evalkit.errors import JobNotFoundError, SearchExistsError, SearchNotFoundEr
 
 __all__ = [
     "check_bare_url",
+    "check_claim",
     "check_search_id",
     "job_not_found",
     "search_exists",
@@ -19,6 +20,8 @@ __all__ = [
 
 #: How many names are looked at for a close match: an error must not cost what the storage has grown to.
 _CLOSE_MATCHES_AMONG = 1000
+#: No search has more jobs than numbers of so many digits count.
+_MOST_DIGITS = 18
 
 
 def split_job_id(job_id: str) -> tuple[str, int]:
@@ -28,7 +31,8 @@ def split_job_id(job_id: str) -> tuple[str, int]:
         JobNotFoundError: it is not written as ids are, so that no job can have it (``"7"``, ``"0.07"``, ``"0.-1"``).
     """
     search_id, dot, tail = job_id.rpartition(".")
-    if not dot or not tail.isdecimal() or not tail.isascii() or (tail[0] == "0" and tail != "0"):
+    canonical = dot and tail.isdecimal() and tail.isascii() and len(tail) <= _MOST_DIGITS
+    if not canonical or (tail[0] == "0" and tail != "0"):
         raise job_not_found(job_id)
     return search_id, int(tail)
 
@@ -42,6 +46,12 @@ def check_search_id(search_id: str) -> str:
     if not search_id or not search_id.isprintable():
         raise ValueError(f"a search id is a non-empty string of printable characters, not {search_id!r}")
     return search_id
+
+
+def check_claim(n: int) -> None:
+    """Check how many jobs are to be claimed. Raises ``ValueError`` for less than one."""
+    if n < 1:
+        raise ValueError(f"a worker claims at least 1 job, not {n}")
 
 
 def check_bare_url(url: str, scheme: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from evalkit.job import JobState
 from evalkit.storage.base import JobRecord, JobUpdate, SearchRecord, Storage
-from evalkit.storage.naming import check_bare_url, check_search_id, search_exists, search_not_found
+from evalkit.storage.naming import check_bare_url, check_claim, check_search_id, search_exists, search_not_found
 
 __all__ = ["NullStorage"]
 
@@ -126,6 +126,7 @@ class NullStorage(Storage):
         return [], cursor
 
     def claim_jobs(self, search_id: str, n: int, worker: str, lease: float) -> list[JobRecord]:
+        check_claim(n)
         with self._lock:
             self._search(search_id)
         return []

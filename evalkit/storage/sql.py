@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Self
 
 from evalkit.errors import FinalStateError, SerializationError, StorageError, VersionConflictError
-from evalkit.job import TERMINAL_STATES, ErrorInfo, JobCause, JobState
+from evalkit.job import JobState
 from evalkit.storage.base import JobRecord, JobUpdate, SearchRecord, Storage
 from evalkit.storage.codec import decode, encode
-from evalkit.storage.naming import check_search_id, job_not_found, search_exists, search_not_found, split_job_id
+from evalkit.storage.naming import (
+    check_claim,
+    check_search_id,
+    job_not_found,
+    search_exists,
+    search_not_found,
+    split_job_id,
+)
 from evalkit.storage.sql_engine import Cursor, Database
+from evalkit.storage.sql_rows import NO_COUNTS, STATES, TERMINAL, LockedSearch, content_of, record_of
 from evalkit.storage.sql_schema import MAX_PER_SEARCH, STATE_PARAMETERS, first_key
 from evalkit.storage.sql_url import SQLAddress
 
 __all__ = ["SQLStorage"]
 
-# The database holds states by name. They are looked up as plain strings: an Enum hashes and compares in Python code.
-_STATES = {state.value: state for state in JobState}
-_TERMINAL = frozenset(state.value for state in TERMINAL_STATES)
 _QUEUED, _RUNNING = JobState.QUEUED.value, JobState.RUNNING.value
-_COUNTERS = {state.value: f"add_n_{state.value.lower()}" for state in JobState}
-_NO_COUNTS = dict.fromkeys(_COUNTERS.values(), 0)
 _LARGEST_DECIMAL = 2**62
-
-
-class _Search:
-    """The row of a search that this transaction has locked, and what it adds to its counters."""
-
-    __slots__ = ("added", "change", "counts", "first", "id", "key", "next_number")
-
-    def __init__(self, search_id: str, key: int, next_number: int, last_change: int) -> None:
-        self.id = search_id
-        self.key = key
-        self.first = first_key(key)
-        self.next_number = next_number
-        self.change = last_change
-        self.added = 0
-        self.counts = dict(_NO_COUNTS)
-
-    def next_change(self) -> int:
-        self.added += 1
-        return self.first + self.change + self.added
-
-    def moved(self, old: str, new: str) -> None:
-        self.counts[_COUNTERS[old]] -= 1
-        self.counts[_COUNTERS[new]] += 1
 
 
 class SQLStorage(Storage):
@@ -100,6 +80,9 @@ class SQLStorage(Storage):
         """Close the connections of this process and fold SQLite's log into the file. The next call opens them again."""
         self._database.close()
 
+    def _records(self, search_id: str, rows: Iterable[Any]) -> list[JobRecord]:
+        return [record_of(search_id, row, allow_pickle=self._allow_pickle) for row in rows]
+
     def _decode(self, text: str | None) -> Any:
         return None if text is None else decode(text, allow_pickle=self._allow_pickle)
 
@@ -114,7 +97,7 @@ class SQLStorage(Storage):
             name = self._free_search_id(cursor) if search_id is None else search_id
             if cursor.execute(self._sql.select_search, {"search_id": name}).fetchone() is not None:
                 raise search_exists(name, self.url)
-            row = dict.fromkeys(("next_number", "last_change", *(name.removeprefix("add_") for name in _NO_COUNTS)), 0)
+            row = dict.fromkeys(("next_number", "last_change", *(name.removeprefix("add_") for name in NO_COUNTS)), 0)
             number = int(name) if name.isascii() and name.isdecimal() and str(int(name[:20])) == name else None
             if number is not None and number > _LARGEST_DECIMAL:
                 number = None
@@ -139,7 +122,7 @@ class SQLStorage(Storage):
             return created, cursor.execute(self._sql.select_values, {"search_key": key}).fetchall()
 
         created, values = self._database.read(work)
-        return SearchRecord(search_id, created, {name: self._decode(value) for name, value in values})
+        return SearchRecord(search_id, created, {decode(name): self._decode(value) for name, value in values})
 
     def delete_search(self, search_id: str) -> None:
         def work(cursor: Cursor) -> None:
@@ -176,14 +159,14 @@ class SQLStorage(Storage):
         key, created = row
         return key, created
 
-    def _lock(self, cursor: Cursor, search_id: str) -> _Search:
+    def _lock(self, cursor: Cursor, search_id: str) -> LockedSearch:
         """Read the row of a search, and keep all other writers of the search out until the transaction ends."""
         row = cursor.execute(self._sql.lock_search, {"search_id": search_id}).fetchone()
         if row is None:
             self._find(cursor, search_id)  # raises
-        return _Search(search_id, *row)
+        return LockedSearch(search_id, *row)
 
-    def _advance(self, cursor: Cursor, search: _Search, created: int = 0) -> None:
+    def _advance(self, cursor: Cursor, search: LockedSearch, created: int = 0) -> None:
         """Write the counters of a search that :meth:`_lock` has locked."""
         if search.next_number + created > MAX_PER_SEARCH or search.change + search.added >= MAX_PER_SEARCH:
             raise StorageError(
@@ -217,7 +200,7 @@ class SQLStorage(Storage):
                     for number, text in enumerate(texts, search.next_number)
                 ]
                 _execute(cursor, self._sql.insert_job, rows)
-                search.counts[_COUNTERS[_QUEUED]] += len(texts)
+                search.count(_QUEUED, len(texts))
                 self._advance(cursor, search, created=len(texts))
             return search.next_number
 
@@ -230,7 +213,7 @@ class SQLStorage(Storage):
         batches: dict[str, list[tuple[int, JobUpdate, dict[str, Any]]]] = {}
         for update in updates:
             search_id, number = _split(update.id)
-            batches.setdefault(search_id, []).append((number, update, _content(update)))
+            batches.setdefault(search_id, []).append((number, update, content_of(update)))
 
         def work(cursor: Cursor) -> None:
             for search_id in sorted(batches):  # in one order for all writers, so that no two wait for each other
@@ -251,7 +234,7 @@ class SQLStorage(Storage):
             if key not in current:
                 raise job_not_found(update.id)
             state, version = current[key]
-            if state in _TERMINAL:
+            if state in TERMINAL:
                 raise FinalStateError(f"job {update.id} has ended ({state}), and what has ended never changes")
             if update.if_version is not None and update.if_version != version:
                 raise VersionConflictError(update.id, update.if_version, version)
@@ -260,7 +243,7 @@ class SQLStorage(Storage):
                 search.moved(state, new)
             current[key] = new, version + 1
             statement = self._sql.update_job
-            if new in _TERMINAL:
+            if new in TERMINAL:
                 statement = self._sql.end_job
             elif new == _QUEUED:
                 statement = self._sql.requeue_job
@@ -276,7 +259,7 @@ class SQLStorage(Storage):
         states: Collection[JobState] | None = None,
     ) -> list[JobRecord]:
         wanted = None if ids is None else list(ids)
-        names = list(_STATES) if states is None else [JobState(state).value for state in states]
+        names = list(STATES) if states is None else [JobState(state).value for state in states]
 
         def work(cursor: Cursor) -> list[Any]:
             key = self._find(cursor, search_id)[0]
@@ -291,7 +274,7 @@ class SQLStorage(Storage):
             where = dict(zip(STATE_PARAMETERS, padded, strict=False))
             return list(cursor.execute(self._sql.select_by_states, {"search_key": key, **where}).fetchall())
 
-        return list(self._records(search_id, self._database.read(work)))
+        return self._records(search_id, self._database.read(work))
 
     def _load_ids(self, cursor: Cursor, search_id: str, key: int, ids: list[str]) -> list[Any]:
         wanted = {}
@@ -321,33 +304,13 @@ class SQLStorage(Storage):
             return key, list(database.execute(self._sql.select_changes, where).fetchall())
 
         key, rows = self._database.read(work)
-        return list(self._records(search_id, rows)), rows[-1][1] - first_key(key) if rows else cursor
-
-    def _records(self, search_id: str, rows: Iterable[Any]) -> Iterator[JobRecord]:
-        read = self._decode
-        for key, _, _, state, version, attempt, created, lease, owner, worker, cause, *texts in rows:
-            args, output, error, metadata, records = texts
-            yield JobRecord(
-                id=f"{search_id}.{key % MAX_PER_SEARCH}",
-                search_id=search_id,
-                args=read(args),
-                state=_STATES[state],
-                version=version,
-                attempt=attempt,
-                output=read(output),
-                error=None if error is None else ErrorInfo(**read(error)),
-                cause=None if cause is None else JobCause(cause),
-                records=read(records) or [],
-                metadata=read(metadata) or {},
-                owner=owner,
-                worker=worker,
-                lease_expires=lease,
-                created=created,
-            )
+        return self._records(search_id, rows), rows[-1][1] - first_key(key) if rows else cursor
 
     # -- the queue that pull workers draw from --------------------------------------------------------------------
 
     def claim_jobs(self, search_id: str, n: int, worker: str, lease: float) -> list[JobRecord]:
+        check_claim(n)
+
         def work(cursor: Cursor) -> list[Any]:
             search = self._lock(cursor, search_id)
             rows = cursor.execute(self._sql.select_queued, {"search_key": search.key, "n": n}).fetchall()
@@ -364,13 +327,12 @@ class SQLStorage(Storage):
                     for row in rows
                 ]
                 _execute(cursor, self._sql.claim_job, steps)
-                search.counts[_COUNTERS[_QUEUED]] -= len(rows)
-                search.counts[_COUNTERS[_RUNNING]] += len(rows)
+                search.moved(_QUEUED, _RUNNING, len(rows))
                 self._advance(cursor, search)
                 return list(self._database.fetch_many(cursor, self._sql.select_jobs, [row[0] for row in rows]))
             return []
 
-        return list(self._records(search_id, self._database.write(work)))
+        return self._records(search_id, self._database.write(work))
 
     def renew_leases(self, ids: Sequence[str], worker: str, lease: float) -> list[str]:
         numbers: dict[str, dict[int, str]] = {}
@@ -389,7 +351,7 @@ class SQLStorage(Storage):
                     continue
                 of_key = {first_key(row[0]) + number: job_id for number, job_id in numbers[search_id].items()}
                 for key, state, _, holder in self._database.fetch_many(cursor, self._sql.select_heads, list(of_key)):
-                    if holder == worker and state not in _TERMINAL:
+                    if holder == worker and state != _QUEUED and state not in TERMINAL:
                         cursor.execute(self._sql.lease_job, {"job_key": key, "new_lease": time.time() + lease})
                         held.add(of_key[key])
             return held
@@ -405,8 +367,7 @@ class SQLStorage(Storage):
             if rows:
                 steps = [{"job_key": row[0], "new_change": search.next_change()} for row in rows]
                 _execute(cursor, self._sql.release_job, steps)
-                search.counts[_COUNTERS[_RUNNING]] -= len(rows)
-                search.counts[_COUNTERS[_QUEUED]] += len(rows)
+                search.moved(_RUNNING, _QUEUED, len(rows))
                 self._advance(cursor, search)
             return [f"{search_id}.{row[0] - search.first}" for row in rows]
 
@@ -426,20 +387,6 @@ def _split(job_id: str) -> tuple[str, int]:
 
 def _range(search_key: int) -> dict[str, int]:
     return {"first": first_key(search_key), "end": first_key(search_key + 1)}
-
-
-def _content(update: JobUpdate) -> dict[str, Any]:
-    """The parameters that an update gives to a statement; None leaves what is stored."""
-    error, cause, state = update.error, update.cause, update.state
-    return {
-        "new_attempt": update.attempt,
-        "new_output": None if state is None or state.value not in _TERMINAL else encode(update.output),
-        "new_error": None if error is None else encode({name: getattr(error, name) for name in ErrorInfo.__slots__}),
-        "new_cause": None if cause is None else cause.value,
-        "new_records": None if update.records is None else encode([dict(one) for one in update.records]),
-        "new_metadata": None if update.metadata is None else encode(dict(update.metadata)),
-        "new_worker": update.worker,
-    }
 
 
 def _execute(cursor: Cursor, statement: str, rows: list[dict[str, Any]]) -> None:

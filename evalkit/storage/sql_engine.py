@@ -33,6 +33,11 @@ Cursor = Any
 
 #: The same number in every process: who holds this lock of PostgreSQL creates tables or searches.
 _ADVISORY_LOCK = 0x6576616C6B6974
+#: A query of the catalogue, since to_regclass() may answer from a cache while others create the table.
+_POSTGRESQL_HAS_SCHEMA = """
+    SELECT 1 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.relname = 'evalkit_schema' AND n.nspname = ANY (current_schemas(false))
+"""
 _FIRST_WAIT, _LONGEST_WAIT = 0.005, 0.1  # seconds between two tries to open a database that others are opening
 
 
@@ -98,7 +103,7 @@ class Database:
         with slot.lock:
             try:
                 return self._write(slot, work)
-            except self._error as exc:
+            except (self._error, OverflowError, UnicodeError) as exc:
                 raise storage_error(exc, self._dialect.loaded_dbapi, self._address) from exc
 
     def _write(self, slot: _Slot, work: Callable[[Cursor], T]) -> T:
@@ -134,7 +139,7 @@ class Database:
         with slot.lock:
             try:
                 return self._read(slot, work)
-            except self._error as exc:
+            except (self._error, OverflowError, UnicodeError) as exc:
                 raise storage_error(exc, self._dialect.loaded_dbapi, self._address) from exc
 
     def _read(self, slot: _Slot, work: Callable[[Cursor], T]) -> T:
@@ -150,6 +155,11 @@ class Database:
                 self._close(slot)
             if not (again and lost):
                 raise
+        except Exception:
+            raise  # of work itself: the connection is sound
+        except BaseException:
+            self._close(slot)  # interrupted in the middle of an answer, perhaps
+            raise
         return self._read(slot, work)
 
     def lock_all(self, cursor: Cursor) -> None:
@@ -201,6 +211,11 @@ class Database:
             options |= {"timeout": self._timeout, "isolation_level": None, "check_same_thread": False}
         else:
             options.setdefault("connect_timeout", max(2, round(self._timeout)))
+            # A machine that has gone away says nothing: the kernel is to notice in about the same time.
+            options.setdefault("tcp_user_timeout", max(1000, round(self._timeout * 1000)))
+            options.setdefault("keepalives_idle", max(1, round(self._timeout / 2)))
+            options.setdefault("keepalives_interval", max(1, round(self._timeout / 6)))
+            options.setdefault("keepalives_count", 3)
         connection = self._dialect.connect(*args, **options)
         try:
             cursor = connection.cursor()
@@ -242,7 +257,7 @@ class Database:
     def _has_schema(self, cursor: Cursor) -> bool:
         if self._is_sqlite:
             return "evalkit_schema" in self._sqlite_tables(cursor)
-        return cursor.execute("SELECT to_regclass('evalkit_schema')").fetchone()[0] is not None
+        return cursor.execute(_POSTGRESQL_HAS_SCHEMA).fetchone() is not None
 
     def _check_empty_or_ours(self, cursor: Cursor) -> None:
         """See that a file is not another program's; a database of a server is shared by many programs as a rule."""

@@ -9,7 +9,7 @@ import pytest
 
 from evalkit.storage import JobRecord, Storage
 
-__all__ = ["NEVER", "Opener", "StorageFixtures", "numbers_of", "one"]
+__all__ = ["NEVER", "Opener", "StorageFixtures", "load_one", "numbers_of"]
 
 NEVER = 3600.0  # a lease that does not run out during a test, in seconds
 
@@ -63,7 +63,7 @@ class Opener:
         return self.kind.from_url(self.url)
 
 
-def one(storage: Storage, job: str) -> JobRecord:
+def load_one(storage: Storage, job: str) -> JobRecord:
     """Load one job."""
     (record,) = storage.load_jobs(job.rpartition(".")[0], [job])
     return record

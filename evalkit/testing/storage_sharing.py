@@ -17,7 +17,7 @@ import pytest
 from evalkit.errors import FinalStateError, StorageError, VersionConflictError
 from evalkit.job import JobState
 from evalkit.storage import JobUpdate, Storage
-from evalkit.testing.storage_fixtures import NEVER, StorageFixtures, numbers_of, one
+from evalkit.testing.storage_fixtures import NEVER, StorageFixtures, load_one, numbers_of
 from evalkit.testing.together import in_processes, in_threads
 
 __all__ = ["StorageQueue", "StorageSharing"]
@@ -37,7 +37,7 @@ class StorageQueue(StorageFixtures):
         jobs.update_jobs([JobUpdate(ids[2], JobState.DONE)])
         changed, cursor = jobs.changes(search)
         assert [record.number for record in changed] == [1, 3, 0, 2]
-        assert changed == [one(jobs, record.id) for record in changed]
+        assert changed == [load_one(jobs, record.id) for record in changed]
         assert jobs.changes(search, cursor) == ([], cursor)
         jobs.claim_jobs(search, 1, "worker", 0.0)
         jobs.create_jobs(search, [{}])
@@ -71,12 +71,25 @@ class StorageQueue(StorageFixtures):
         assert all(one.lease_expires is not None and one.lease_expires > one.created for one in claimed)
         assert claimed == jobs.load_jobs(search, [ids[0], ids[2]])
         jobs.update_jobs([JobUpdate(ids[0], JobState.QUEUED)])  # it is put back, and first in the queue again
-        assert (one(jobs, ids[0]).worker, one(jobs, ids[0]).lease_expires) == (None, None)
+        assert (load_one(jobs, ids[0]).worker, load_one(jobs, ids[0]).lease_expires) == (None, None)
         assert [one.number for one in jobs.claim_jobs(search, 9, "other", NEVER)] == [0, 3, 4]
         assert jobs.claim_jobs(search, 1, "other", NEVER) == []
         jobs.create_jobs(search, [{}])
         assert [one.number for one in jobs.claim_jobs(search, 1, "other", NEVER)] == [5]
         assert jobs.count_jobs(search) == {JobState.RUNNING: 5, JobState.CANCELLED: 1}
+
+    def test_a_queued_job_is_held_by_nobody(self, jobs: Storage) -> None:
+        search = jobs.create_search()
+        (job,) = jobs.create_jobs(search, [{}])
+        jobs.update_jobs([JobUpdate(job, attempt=1, worker="worker")])
+        assert jobs.renew_leases([job], "worker", NEVER) == []
+        jobs.update_jobs([JobUpdate(job, JobState.RUNNING, worker="worker")])
+        assert jobs.renew_leases([job], "worker", NEVER) == [job]
+        jobs.update_jobs([JobUpdate(job, JobState.QUEUED, worker="worker")])
+        record = load_one(jobs, job)
+        assert (record.worker, record.lease_expires) == (None, None)
+        with pytest.raises(ValueError, match="at least 1"):
+            jobs.claim_jobs(search, 0, "worker", NEVER)
 
     def test_leases_are_renewed_by_their_holder_only(self, jobs: Storage) -> None:
         search = jobs.create_search()
@@ -88,7 +101,7 @@ class StorageQueue(StorageFixtures):
         assert jobs.renew_leases([], "worker", NEVER) == []
         assert jobs.renew_leases(ids, "worker", NEVER) == ids[:2]
         assert jobs.release_expired(search) == []
-        assert one(jobs, ids[0]).version == 2
+        assert load_one(jobs, ids[0]).version == 2
         assert jobs.changes(search, cursor)[0] == []
 
     def test_a_lease_that_ran_out_is_released(self, jobs: Storage) -> None:
@@ -99,7 +112,7 @@ class StorageQueue(StorageFixtures):
         assert jobs.release_expired(search, now=first.lease_expires - 5) == []
         jobs.renew_leases([second.id], "worker", NEVER)
         assert jobs.release_expired(search, now=first.lease_expires + 5) == [first.id]
-        back = one(jobs, first.id)
+        back = load_one(jobs, first.id)
         assert (back.state, back.attempt, back.worker, back.lease_expires) == (JobState.QUEUED, 1, None, None)
         with pytest.raises(VersionConflictError):  # whoever had held it cannot write to it any more
             jobs.update_jobs([JobUpdate(first.id, JobState.DONE, if_version=first.version)])
@@ -156,7 +169,7 @@ class StorageSharing(StorageFixtures):
         with contextlib.closing(opener()) as other:
             assert other.load_jobs(search) == jobs.load_jobs(search)
             other.update_jobs([JobUpdate(job, JobState.DONE, 1.5)])
-            assert one(jobs, job).output == 1.5
+            assert load_one(jobs, job).output == 1.5
             with pytest.raises(FinalStateError):
                 jobs.update_jobs([JobUpdate(job, JobState.FAILED)])
 
@@ -223,7 +236,7 @@ def _check_race(results: list[tuple[list[str], list[str], int]], storage: Storag
     claimed = [job for _, ids, _ in results for job in ids]
     assert len(set(created)) == len(created)
     assert len(set(claimed)) == len(claimed)
-    assert one(storage, f"{search}.0").metadata["count"] == sum(won for _, _, won in results)
+    assert load_one(storage, f"{search}.0").metadata["count"] == sum(won for _, _, won in results)
     for i, (_, mine, _) in enumerate(results):
         assert all(record.worker == f"racer {i}" for record in storage.load_jobs(search, mine))
     assert sum(storage.count_jobs(search).values()) == len(storage.load_jobs(search))

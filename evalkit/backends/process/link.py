@@ -12,7 +12,7 @@ from collections import deque
 from evalkit.backends.base import Task
 from evalkit.backends.events import WorkerIdentity
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
-from evalkit.backends.serialization import dumps
+from evalkit.backends.serialization import Packer
 from evalkit.errors import SerializationError
 
 __all__ = ["WorkerLink"]
@@ -83,6 +83,7 @@ class WorkerLink:
     def give(self, tasks: list[Task]) -> list[tuple[Task, SerializationError]]:
         """Send tasks; return those that do not pickle, with why."""
         bad: list[tuple[Task, SerializationError]] = []
+        pack = Packer("args").pack
         held = len(self.inflight)
         # Nothing is before the first task of an idle worker, so it starts at once; it needs no token.
         granted = held == 0
@@ -90,7 +91,7 @@ class WorkerLink:
         small_bytes = 0
         for task in tasks:
             try:
-                data, buffers = dumps(task.args, "args")
+                data, buffers = pack(task.args)
             except SerializationError as exc:
                 bad.append((task, exc))
                 continue

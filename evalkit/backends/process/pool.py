@@ -329,7 +329,8 @@ class ProcessBackend(Backend):
         events: list[Event] = []
         for key, mask in self._selector.select(self._next_deadline()):
             if isinstance(key.data, WorkerLink):
-                if mask & selectors.EVENT_READ:
+                # It may have been buried in this very round.
+                if mask & selectors.EVENT_READ and key.data.number in self._links:
                     events.extend(self._read(key.data))
             elif key.fileobj is self._spawner:
                 events.extend(self._hear_spawner())
@@ -457,6 +458,7 @@ class ProcessBackend(Backend):
         events: list[Event] = []
         worker = link.identity
         ended = False
+        durations: list[float] = []
         for kind, _, payload, buffers in frames:
             if kind == Kind.DONE:
                 job_id = link.finish_first().id
@@ -467,11 +469,11 @@ class ProcessBackend(Backend):
                     events.append(failed(job_id, exc, None, worker))
                 else:
                     events.append(Done(job_id, output, measured, worker))
-                    self._adapt(measured[1] - measured[0])
+                    durations.append(measured[1] - measured[0])
             elif kind == Kind.FAILED:
                 error, measured = pickle.loads(payload)
                 events.append(Failed(link.finish_first().id, JobCause.EXCEPTION, error, measured, worker))
-                self._adapt(measured[1] - measured[0])
+                durations.append(measured[1] - measured[0])
             elif kind == Kind.PROGRESS and link.inflight:
                 events.append(Progress(link.inflight[0].id, *pickle.loads(payload)))
                 continue
@@ -488,14 +490,18 @@ class ProcessBackend(Backend):
                 self._fill()
                 continue
             ended = True
+        if durations:
+            self._adapt(durations)
         if ended and link.inflight:
             events.append(Started(link.inflight[0].id, time.time(), worker))
         return events
 
-    def _adapt(self, duration: float) -> None:
+    def _adapt(self, durations: list[float]) -> None:
         """How many tasks a worker may hold follows how long they take."""
+        latest = sum(durations) / len(durations)
         mean = self._mean_duration
-        self._mean_duration = mean = duration if mean is None else mean + (duration - mean) * 0.1
+        # As if each of them had moved the mean by a tenth of the difference.
+        self._mean_duration = mean = latest if mean is None else latest + (mean - latest) * 0.9 ** len(durations)
         self._depth = min(_MAX_DEPTH, 1 + int(_AHEAD / max(mean, 1e-6)))
 
     def _wake(self) -> None:

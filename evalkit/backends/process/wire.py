@@ -13,7 +13,6 @@ import socket
 import struct
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import NamedTuple
 
 __all__ = ["Frame", "FrameReader", "Kind", "frame"]
 
@@ -41,11 +40,8 @@ class Kind(IntEnum):
     RECORD = 11  # values
 
 
-class Frame(NamedTuple):
-    kind: int
-    granted: int
-    payload: bytes | bytearray
-    buffers: tuple[memoryview, ...] = ()
+#: (kind, granted, payload, buffers); a plain tuple, since there is one for each result
+Frame = tuple[int, int, bytes | bytearray, tuple[memoryview, ...]]
 
 
 def frame(kind: int, payload: bytes, buffers: Iterable[memoryview] = (), granted: int = 0) -> list[bytes | memoryview]:
@@ -96,7 +92,7 @@ class FrameReader:
         return self._cut()
 
     def _cut(self) -> list[Frame]:
-        frames = []
+        frames: list[Frame] = []
         view, start, end = self._view, self._start, self._end
         header_size, unpack = _HEADER.size, _HEADER.unpack_from
         while end - start >= header_size:
@@ -104,7 +100,7 @@ class FrameReader:
             body = start + header_size
             if count == 0 and length <= end - body:
                 start = body + length
-                frames.append(Frame(kind, granted, bytes(view[body:start])))
+                frames.append((kind, granted, bytes(view[body:start]), ()))
                 continue
             lengths_end = body + count * _LENGTH.size
             if count == 0 and length <= _CHUNK - header_size:
@@ -171,4 +167,4 @@ class _LargeFrame:
             self._missing.pop(0)
 
     def frame(self) -> Frame:
-        return Frame(self._kind, self._granted, self._parts[0], tuple(self._views[1:]))
+        return self._kind, self._granted, self._parts[0], tuple(self._views[1:])

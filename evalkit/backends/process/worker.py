@@ -149,7 +149,7 @@ class _Worker:
         frames = self._reader.read()
         while not frames:
             frames = self._reader.read()
-        setup = pickle.loads(frames[0].payload)
+        setup = pickle.loads(frames[0][2])
         sys.path[:] = setup["sys_path"]
         sys.argv[:] = setup["sys_argv"]
         try:

@@ -1,0 +1,84 @@
+"""The command ``evalkit``: its commands, and those that plugins add."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from evalkit.cli.export import export
+from evalkit.cli.ls import ls
+from evalkit.cli.plugin_list import list_plugins
+from evalkit.cli.run import run
+from evalkit.cli.show import show
+from evalkit.plugins import plugins
+
+__all__ = ["create_app", "main"]
+
+_log = logging.getLogger("evalkit")
+
+
+def create_app() -> typer.Typer:
+    """Build the command, with what plugins add to it through the hook ``evalkit_cli``.
+
+    A plugin that fails in it is logged, and takes no other command along; it cannot replace a command of evalkit.
+    """
+    app = typer.Typer(
+        name="evalkit",
+        help="Run a function over many configurations, on any engine, and lose nothing.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # brackets in the help are brackets
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for name, command in (("run", run), ("ls", ls), ("show", show), ("export", export), ("plugins", list_plugins)):
+        app.command(name)(command)
+    _add_commands_of_plugins(app)
+    return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from evalkit import __version__
+        from evalkit.cli.console import out
+
+        out().print(f"evalkit {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Run a function over many configurations, on any engine, and lose nothing."""
+
+
+def _add_commands_of_plugins(app: typer.Typer) -> None:
+    for hook in plugins().hook.evalkit_cli.get_hookimpls():
+        commands, groups = list(app.registered_commands), list(app.registered_groups)
+        own = {command.name for command in commands}
+        try:
+            hook.function(*([app] if "app" in hook.argnames else []))
+        except Exception as exc:  # noqa: BLE001 - a stranger's code
+            app.registered_commands, app.registered_groups = commands, groups
+            _log.warning("the plugin %s adds no commands: %s: %s", hook.plugin_name, type(exc).__name__, exc)
+            continue
+        for command in [command for command in app.registered_commands if command not in commands]:
+            if command.name in own:
+                app.registered_commands.remove(command)
+                _log.warning("the plugin %s cannot replace the command %s", hook.plugin_name, command.name)
+
+
+def main() -> None:
+    """The entry point of the command line."""
+    from evalkit.cli.console import show_log
+
+    show_log()
+    create_app()(prog_name="evalkit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""``evalkit run``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import closing
+from typing import Annotated, Any
+
+import typer
+
+from evalkit.cli.console import reported, show_log
+
+__all__ = ["DEFAULT_STORAGE", "run"]
+
+#: In the current folder: a result is durable unless the user says ``null://``.
+DEFAULT_STORAGE = "sqlite:///evalkit.db"
+
+#: Options of the backend that have a flag of their own: name -> flag.
+_FLAGS = {
+    "num_workers": "--workers",
+    "storage": "--storage",
+    "search_id": "--search",
+    "job_timeout": "--job-timeout",
+    "retries": "--retries",
+    "callbacks": None,
+    "run_function_kwargs": None,
+    "worker_init": None,
+}
+
+
+def run(
+    target: Annotated[
+        str,
+        typer.Argument(help="What to call: path/to/file.py:function or package.module:function.", show_default=False),
+    ],
+    params: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Configurations: a .csv or .jsonl file, or - for JSON Lines on standard input."
+        ),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=V1,V2,…", help="Every combination of these values; once for each name."),
+    ] = None,
+    random: Annotated[int | None, typer.Option(metavar="N", help="Draw N configurations from --space.")] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LOW:HIGH[:log|:int]", help="What --random draws from, or NAME=a,b,c; once for each name."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Makes --random repeatable; a resume uses the one of the search.")
+    ] = None,
+    kwargs: Annotated[
+        bool, typer.Option("--kwargs", help="Call function(lr=0.1, depth=3) instead of function(job).")
+    ] = False,
+    backend: Annotated[
+        str, typer.Option("--backend", "-b", metavar="NAME", help="Where jobs run; evalkit plugins lists them.")
+    ] = "process",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", "-w", metavar="N", help="Jobs at once. Default: the cores of this machine, on serial 1."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the backend's own; may be repeated.")
+    ] = None,
+    job_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="A job that runs longer has failed, and is ended.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(metavar="N", help="More attempts for a job whose worker crashed or was lost.")
+    ] = 0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Time for the whole run; what is not done by then is cancelled."),
+    ] = None,
+    storage: Annotated[
+        str, typer.Option(metavar="URL", help="Where results are kept; null:// keeps nothing.")
+    ] = DEFAULT_STORAGE,
+    search: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The name under which they are kept; by default the next free number."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Run what is not done of a search: of --search NAME, or else of the newest one with the same target "
+            "and configurations. Without configurations, what is stored as not done. Starts it if there is none.",
+        ),
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: run what failed again too.")
+    ] = False,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also write a row for each finished job to a .csv or .jsonl file."),
+    ] = None,
+    minimize: Annotated[bool, typer.Option("--minimize", help="The best objective is the smallest.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors and warnings.")] = False,
+) -> None:
+    """Run a function over many configurations.
+
+    Values in CSV cells, --grid, --space and --option are read as int, float, bool (true, false), None (none, null, an
+    empty cell) or else as strings; 007 stays a string, and "7" in double quotes is one.
+
+    What ended is done, failed or not; what was cancelled, or was waiting or running when a run was killed, is not.
+
+    Exit codes: 0 all is done; 1 something failed or was not run; 2 bad usage; 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    with reported():
+        show_log()
+        code = _run(
+            target,
+            kwargs,
+            (params, grid or [], random, space or [], seed),
+            workers,
+            option or [],
+            job_timeout,
+            retries,
+            storage,
+            {
+                "backend": backend,
+                "search": search,
+                "resume": resume,
+                "retry_failed": retry_failed,
+                "seed": seed,
+                "output": output,
+                "timeout": timeout,
+                "minimize": minimize,
+                "quiet": quiet,
+            },
+        )
+    raise typer.Exit(code)
+
+
+def _run(
+    target: str,
+    kwargs: bool,
+    supply: tuple[str | None, list[str], int | None, list[str], int | None],
+    workers: int | None,
+    options: list[str],
+    job_timeout: float | None,
+    retries: int,
+    storage: str,
+    rest: dict[str, Any],
+) -> int:
+    # Here and not above, so that --help has nothing to load.
+    from evalkit.cli.output import check_output
+    from evalkit.cli.runner import Runner, RunOptions
+    from evalkit.cli.source import source_of
+    from evalkit.errors import ParametersError
+    from evalkit.plugins import plugins
+
+    for name, seconds in (("--timeout", rest["timeout"]), ("--job-timeout", job_timeout)):
+        if seconds is not None and not (seconds > 0 and math.isfinite(seconds)):
+            raise ParametersError(f"{name} takes a positive number of seconds, not {seconds:g}")
+    if rest["retry_failed"] and not rest["resume"]:
+        raise ParametersError("--retry-failed goes with --resume: it runs again what failed before")
+    method_kwargs = _backend_options(options)
+    if job_timeout is not None:
+        method_kwargs["job_timeout"] = job_timeout
+    method_kwargs["retries"] = retries
+    method_kwargs["num_workers"] = _workers(workers, rest["backend"])
+    plugins().backend_class(rest["backend"])
+    if rest["output"] is not None:
+        check_output(rest["output"])
+    source = source_of(*supply)
+    if source is None and not rest["resume"]:
+        raise ParametersError("say what to run: --params FILE, --grid NAME=V1,V2 or --random N --space NAME=LOW:HIGH")
+    function = _function(target, kwargs)
+    with closing(plugins().open_storage(storage)) as opened:
+        run_options = RunOptions(target=target, method_kwargs=method_kwargs, **rest)
+        return Runner(run_options, function, source, opened).run()
+
+
+def _function(target: str, kwargs: bool) -> Callable[..., Any]:
+    from evalkit.cli.target import load_target, takes_one_argument
+    from evalkit.errors import TargetError
+    from evalkit.running import call_with_kwargs
+
+    function = load_target(target)
+    if kwargs:
+        return call_with_kwargs(function)
+    if not takes_one_argument(function):
+        raise TargetError(
+            f"{target} cannot be called as function(job); to have it called with keyword arguments, add --kwargs"
+        )
+    return function
+
+
+def _backend_options(options: list[str]) -> dict[str, Any]:
+    from evalkit.cli.scalars import parse_scalar
+    from evalkit.errors import ParametersError
+
+    values: dict[str, Any] = {}
+    for entry in options:
+        key, separator, text = entry.partition("=")
+        key = key.strip().replace("-", "_")
+        if not separator or not key:
+            raise ParametersError(f"--option {entry!r}: write KEY=VALUE")
+        if key in _FLAGS:
+            flag = _FLAGS[key]
+            raise ParametersError(f"--option {entry!r}: " + (f"use {flag}" if flag else "this is for programs only"))
+        if key in values:
+            raise ParametersError(f"--option {entry!r}: {key!r} was given before")
+        values[key] = parse_scalar(text)
+    return values
+
+
+def _workers(given: int | None, backend: str) -> int:
+    if given is not None:
+        return given
+    if backend == "serial":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
