@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import pickle
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,69 +28,80 @@ _MAX_DEPTH = 8
 
 
 class Packer:
-    """:func:`dumps` for many values of one name, without setting up for each."""
+    """Pickles many values of one name.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: what to call a value in an error, such as ``args``.
+        in_band: whether large buffers are to be in the pickle like all else.
+    """
+
+    def __init__(self, name: str, *, in_band: bool = False) -> None:
         self._name = name
+        self._in_band = in_band
         self._buffers: list[memoryview] = []
 
     def pack(self, value: Any) -> tuple[bytes, list[memoryview]]:
-        """As :func:`dumps`."""
-        try:
-            data = pickle.dumps(value, _PROTOCOL, buffer_callback=self._keep_in_band)
-        except Exception:  # noqa: BLE001 - dumps has the last word
-            data = b"__main__"
-        buffers = self._buffers
-        if buffers:
-            self._buffers = []
-        # A reference to __main__ means another module over there.
-        return (data, buffers) if b"__main__" not in data else dumps(value, self._name, function=True)
+        """Pickle a value.
 
-    def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
+        Returns:
+            the pickle, and the large buffers that go with it, in order.
+
+        Raises:
+            SerializationError: it does not pickle; names the attribute that is to blame.
+        """
+        try:
+            data = pickle.dumps(value, _PROTOCOL, buffer_callback=self._keeps_in_band)
+        except BaseException:  # noqa: BLE001 - a user's __reduce__ may raise anything; the other way has the last word
+            return self.pack_by_value(value)
+        # A reference to __main__ means another module over there.
+        if b"__main__" in data:
+            return self.pack_by_value(value)
+        return data, self._take_buffers()
+
+    def pack_by_value(self, value: Any) -> tuple[bytes, list[memoryview]]:
+        """Pickle a value with what cannot be imported in it; slower. As :meth:`pack` otherwise."""
+        self._buffers = []
+        file = io.BytesIO()
+        try:
+            _ByValuePickler(file, _PROTOCOL, buffer_callback=self._keeps_in_band).dump(value)
+        except BaseException as exc:
+            raise explain(value, self._name, exc) from exc
+        return file.getvalue(), self._take_buffers()
+
+    def _keeps_in_band(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
-        if raw.nbytes < OUT_OF_BAND_BYTES:
+        if self._in_band or raw.nbytes < OUT_OF_BAND_BYTES:
             return True
         self._buffers.append(raw)
         return False
 
+    def _take_buffers(self) -> list[memoryview]:
+        buffers = self._buffers
+        if buffers:
+            self._buffers = []
+        return buffers
+
+
+class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+    """cloudpickle, and functions of ``__main__`` behind ``functools.cache``, which it takes for importable."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, _CACHED) and obj.__module__ == "__main__":
+            return _cached, (obj.__wrapped__, obj.cache_parameters())
+        return super().reducer_override(obj)
+
+
+_CACHED = type(functools.cache(lambda: None))
+
+
+def _cached(function: Any, parameters: Mapping[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
 
 def dumps(value: Any, name: str, *, function: bool = False, in_band: bool = False) -> tuple[bytes, list[memoryview]]:
-    """Pickle ``value``.
-
-    Args:
-        name: what to call it in an error, such as ``args``.
-        function: whether it is, or holds, a function; then cloudpickle comes first.
-        in_band: whether large buffers are to be in the pickle like all else.
-
-    Returns:
-        the pickle, and the large buffers that go with it, in order.
-
-    Raises:
-        SerializationError: it does not pickle; names the attribute that is to blame.
-    """
-    buffers: list[memoryview] = []
-
-    def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
-        raw = buffer.raw()
-        if in_band or raw.nbytes < OUT_OF_BAND_BYTES:
-            return True
-        buffers.append(raw)
-        return False
-
-    if not function:
-        try:
-            data = pickle.dumps(value, _PROTOCOL, buffer_callback=keep_in_band)
-        except Exception:  # noqa: BLE001 - anything may come out of a user's __reduce__; cloudpickle has the last word
-            buffers.clear()
-        else:
-            # A reference to __main__ means another module over there.
-            if b"__main__" not in data:
-                return data, buffers
-            buffers.clear()
-    try:
-        return cloudpickle.dumps(value, _PROTOCOL, buffer_callback=keep_in_band), buffers
-    except Exception as exc:
-        raise explain(value, name, exc) from exc
+    """Pickle one value with a :class:`Packer`; by value at once if it is, or holds, a ``function``."""
+    packer = Packer(name, in_band=in_band)
+    return packer.pack_by_value(value) if function else packer.pack(value)
 
 
 def loads(data: bytes | bytearray, buffers: Iterable[Any] = ()) -> Any:
@@ -99,17 +111,24 @@ def loads(data: bytes | bytearray, buffers: Iterable[Any] = ()) -> Any:
 
 def explain(value: Any, name: str, exc: BaseException) -> SerializationError:
     """Find the attribute because of which ``value`` does not pickle, and say so."""
-    path, culprit = _find(value, name, 0, set())
+    try:
+        path, culprit = _find(value, name, 0, set())
+    except BaseException:  # noqa: BLE001 - looking into a user's object may raise anything
+        path, culprit = name, value
+    try:
+        said = str(exc)
+    except BaseException:  # noqa: BLE001 - so may its message
+        said = "<its message cannot be shown>"
     kind = type(culprit).__qualname__
     return SerializationError(
-        f"{path} ({kind}) cannot be pickled, so it cannot travel to or from a worker: {type(exc).__name__}: {exc}", path
+        f"{path} ({kind}) cannot be pickled, so it cannot travel to or from a worker: {type(exc).__name__}: {said}", path
     )
 
 
 def _pickles(value: Any) -> bool:
     try:
         cloudpickle.dumps(value, _PROTOCOL)
-    except Exception:  # noqa: BLE001 - that it raises is the answer
+    except BaseException:  # noqa: BLE001 - that it raises is the answer
         return False
     return True
 

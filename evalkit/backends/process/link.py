@@ -18,6 +18,7 @@ from evalkit.errors import SerializationError
 __all__ = ["WorkerLink"]
 
 _BATCH_BYTES = 256 * 1024
+_LARGE = 4096  # bytes from which on the size of a task counts
 _MAX_BUFFERS = 64  # in one sendmsg
 
 
@@ -32,6 +33,8 @@ class WorkerLink:
         given: how many tasks it was ever given.
         doomed: the id of the job because of which it is being killed.
         retiring: it gets no more tasks, and ends after the last.
+        born: when it was started, on the monotonic clock.
+        listens_for_room: whether the crew waits for room in its socket.
     """
 
     def __init__(self, number: int) -> None:
@@ -43,8 +46,9 @@ class WorkerLink:
         self.doomed: str | None = None
         self.retiring = False
         self.inflight_bytes = 0
+        self.listens_for_room = False
         self.born = time.monotonic()
-        self._sizes: deque[int] = deque()
+        self._sizes: dict[str, int] = {}  # of the large ones
         self._generation = 0
         self.sock, self.their_sock = socket.socketpair()
         self.sock.setblocking(False)
@@ -108,8 +112,9 @@ class WorkerLink:
                 small.append((task.id, task.attempt, data))
                 small_bytes += size
             self.inflight.append(task)
-            self._sizes.append(size)
-            self.inflight_bytes += size
+            if size > _LARGE:
+                self._sizes[task.id] = size
+                self.inflight_bytes += size
         self._queue_small(small, granted)
         accepted = len(self.inflight) - held
         self.given += accepted
@@ -153,7 +158,8 @@ class WorkerLink:
         if not count:
             return []
         tasks = [self.inflight.pop() for _ in range(count)]
-        self.inflight_bytes -= sum(self._sizes.pop() for _ in range(count))
+        if self._sizes:
+            self.inflight_bytes -= sum(self._sizes.pop(task.id, 0) for task in tasks)
         self.given -= count
         self._generation = (self._generation + 1) % 256
         self.send(Kind.DROP, (count, self._generation))
@@ -166,12 +172,16 @@ class WorkerLink:
         """What has arrived; raises ``EOFError`` and ``BlockingIOError`` as :meth:`FrameReader.read`."""
         return self._reader.read()
 
-    def finish_first(self) -> Task:
-        """Its first task has ended; the next, if any, runs."""
-        task = self.inflight.popleft()
-        self.inflight_bytes -= self._sizes.popleft()
+    def finish_first(self) -> str:
+        """Its first task has ended; return its id. Call :meth:`move_on` after the last of a round."""
+        job_id = self.inflight.popleft().id
+        if self._sizes:
+            self.inflight_bytes -= self._sizes.pop(job_id, 0)
+        return job_id
+
+    def move_on(self) -> None:
+        """The task that is the first now, if any, has just started."""
         self.running_since = time.monotonic() if self.inflight else None
-        return task
 
     def close_theirs(self) -> None:
         """The worker has its own copy of its end by now."""

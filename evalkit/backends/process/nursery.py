@@ -45,8 +45,10 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class _Nursery:
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, master: int) -> None:
         self._sock = sock
+        # The end of the socket does not tell of the master's death while a fork of the master holds a copy.
+        self._master = _watch(master)
         self._workers: dict[int, int] = {}  # pid -> number
         self._wake_read, wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -60,7 +62,9 @@ class _Nursery:
 
     def serve(self) -> None:
         while True:
-            readable, _, _ = select.select([self._sock.fileno(), self._wake_read], [], [])
+            readable, _, _ = select.select([self._sock.fileno(), self._wake_read, *self._master], [], [])
+            if self._master and self._master[0] in readable:
+                return
             if self._wake_read in readable:
                 with contextlib.suppress(BlockingIOError):
                     while os.read(self._wake_read, 4096):
@@ -102,7 +106,7 @@ class _Nursery:
                 os._exit(1)
             with contextlib.suppress(OSError):
                 os.setpgid(0, 0)
-            for fd in (self._wake_read, self._wake_write):
+            for fd in (self._wake_read, self._wake_write, *self._master):
                 os.close(fd)
             self._sock.close()
             from evalkit.backends.process.worker import main as work
@@ -164,15 +168,30 @@ class _Nursery:
         return pids
 
 
-def main(fd: int) -> None:
-    """Serve until the other end of the socket ``fd`` is closed."""
+def _watch(pid: int) -> list[int]:
+    """A descriptor that becomes readable when the parent ends; none where the system has no such thing."""
+    if not hasattr(os, "pidfd_open"):
+        return []
+    try:
+        watch = os.pidfd_open(pid)
+    except OSError:
+        return []
+    if os.getppid() != pid:
+        sys.exit(0)  # it ended before we could watch
+    return [watch]
+
+
+def main(fd: int, master: int) -> None:
+    """Serve until the other end of the socket ``fd`` is closed, or the process ``master`` is gone."""
     # Loaded once, here, for all workers.
     import evalkit.backends.process.worker  # noqa: F401
 
     gc.collect()
     gc.freeze()
-    nursery = _Nursery(socket.socket(fileno=fd))
+    sock = socket.socket(fileno=fd)
+    nursery = _Nursery(sock, master)
     try:
         nursery.serve()
     finally:
         nursery.end()
+        sock.close()

@@ -28,7 +28,7 @@ _BOOT = """\
 import sys
 sys.path[:] = {path!r}
 from evalkit.backends.process.nursery import main
-main({fd})
+main({fd}, {master})
 """
 
 
@@ -55,7 +55,7 @@ class Spawner:
             raise BackendError("sys.executable is not set, so no worker process can be started; use method='thread'")
         self._sock, theirs = socket.socketpair()
         self._rest = b""
-        code = _BOOT.format(path=sys.path, fd=theirs.fileno())
+        code = _BOOT.format(path=sys.path, fd=theirs.fileno(), master=os.getpid())
         flags = [f"-W{option}" for option in sys.warnoptions]
         try:
             self._process = subprocess.Popen(
@@ -111,6 +111,9 @@ class Spawner:
 
     def close(self) -> None:
         """Have everything killed that is left, and wait for it."""
+        with contextlib.suppress(OSError):
+            # A fork of this process may hold a copy; this ends the connection for all.
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         try:
             self._process.wait(10)

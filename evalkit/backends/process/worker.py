@@ -15,13 +15,14 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from typing import Any
 
 from evalkit.backends.base import RunFunction
 from evalkit.backends.execution import describe, peak_rss
-from evalkit.backends.process.wire import FrameReader, Kind, frame
+from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import dumps, explain, loads
 from evalkit.errors import SerializationError
 from evalkit.running import RunningJob, is_coroutine_function
@@ -37,27 +38,56 @@ class _Channel:
 
     def __init__(self, worker: _Worker) -> None:
         self._worker = worker
+        self._lock = threading.Lock()  # the user's function may have threads that report
+        self._job_id: str | None = None
         self._sent = 0.0
         self._last: tuple[float, str] | None = None
+        self._held_back: threading.Event | None = None
+
+    def begin(self, job_id: str) -> None:
+        self._job_id = job_id
+
+    def end(self) -> None:
+        """What was held back goes before the result; a thread that the job left behind is not heard any more."""
+        self._flush()
+        self._job_id = None
 
     def progress(self, job_id: str, progress: float, phase: str) -> None:
+        if job_id != self._job_id:
+            return
         self._last = (progress, phase)
-        now = time.monotonic()
-        if now - self._sent >= _REPORT_INTERVAL:
-            self._sent = now
-            self.flush()
+        if time.monotonic() - self._sent >= _REPORT_INTERVAL:
+            self._flush()
+        elif self._held_back is None:
+            self._held_back = threading.Event()
+            self._held_back.set()
+            threading.Thread(target=self._flush_late, name="evalkit-reports", daemon=True).start()
+        else:
+            self._held_back.set()
 
     def record(self, job_id: str, values: dict[str, Any]) -> None:
-        data, buffers = dumps(values, "recorded values")
-        self._worker.send(Kind.RECORD, data, buffers)
+        if job_id == self._job_id:
+            data, buffers = dumps(values, "recorded values")
+            self._worker.send(Kind.RECORD, data, buffers)
 
     def stop_requested(self, job_id: str) -> bool:
         return self._worker.poll_stop(job_id)
 
-    def flush(self) -> None:
-        if self._last is not None:
-            self._worker.send(Kind.PROGRESS, pickle.dumps(self._last, 5))
-            self._last = None
+    def _flush(self) -> None:
+        with self._lock:
+            last, self._last = self._last, None
+            if last is not None and self._job_id is not None:
+                self._sent = time.monotonic()
+                self._worker.send(Kind.PROGRESS, pickle.dumps(last, 5))
+
+    def _flush_late(self) -> None:
+        """Send what came too fast, a little later: the last word of a job that then goes quiet is not lost."""
+        while self._held_back is not None:
+            self._held_back.wait()
+            self._held_back.clear()
+            time.sleep(_REPORT_INTERVAL)
+            with contextlib.suppress(OSError):
+                self._flush()
 
 
 class _Worker:
@@ -68,6 +98,9 @@ class _Worker:
         self._reader = FrameReader(sock)
         self._tasks: deque[tuple[bool, str, int, Any]] = deque()
         self._generation = 0
+        self._spare = 0  # tokens that were read for a task that turned out to need none
+        self._sending = threading.Lock()
+        self._receiving = threading.Lock()
         self._stop: set[str] = set()
         self._channel = _Channel(self)
         self._runner: asyncio.Runner | None = None
@@ -81,11 +114,16 @@ class _Worker:
     def send(self, kind: int, payload: bytes, buffers: Any = ()) -> None:
         if os.getpid() != self._pid:
             return  # a child that the user's function forked: the socket is not its own
-        for part in frame(kind, payload, buffers):
-            self._sock.sendall(part)
+        with self._sending:
+            for part in frame(kind, payload, buffers):
+                self._sock.sendall(part)
 
     def _receive(self, flags: int = 0) -> None:
-        for kind, granted, payload, buffers in self._reader.read(flags):
+        with self._receiving:
+            self._take(self._reader.read(flags))
+
+    def _take(self, frames: list[Frame]) -> None:
+        for kind, granted, payload, buffers in frames:
             if kind == Kind.TASKS:
                 for index, (job_id, attempt, args) in enumerate(pickle.loads(payload)):
                     self._tasks.append((index < granted, job_id, attempt, args))
@@ -105,13 +143,17 @@ class _Worker:
         """Read what has arrived without waiting; say whether the pool asks this job to stop."""
         if os.getpid() != self._pid:
             return False
-        try:
-            while True:
-                self._receive(socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass
-        except (EOFError, ConnectionResetError):
-            self._quit = True
+        # Who does not get the lock need not read: another thread is at it.
+        if self._receiving.acquire(blocking=False):
+            try:
+                while True:
+                    self._take(self._reader.read(socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                pass
+            except (EOFError, ConnectionResetError):
+                self._quit = True
+            finally:
+                self._receiving.release()
         return self._quit or job_id in self._stop
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -133,17 +175,27 @@ class _Worker:
         """The task to start now, with the right to start it; None if the pool has to say something first."""
         if not self._tasks:
             return None
-        granted = self._tasks[0][0]
-        if not granted:
-            try:
-                token = os.read(self._tokens, 1)
-            except BlockingIOError:
+        if not self._tasks[0][0]:
+            if self._spare:
+                self._spare -= 1
+            elif not self._read_token():
                 return None  # the pool took the rest back, and its DROP is on the way
-            if not token:
-                raise EOFError
-            while token[0] != self._generation:
-                self._receive()  # a token for tasks that come after a DROP not seen yet
         return self._tasks.popleft()[1:]
+
+    def _read_token(self) -> bool:
+        """Get the right to start the first of the tasks that wait; False if there is none to be had."""
+        try:
+            token = os.read(self._tokens, 1)
+        except BlockingIOError:
+            return False
+        if not token:
+            raise EOFError
+        # Tokens and tasks go different ways: what this one is for, and a DROP before it, may not have arrived.
+        while token[0] != self._generation or not self._tasks:
+            self._receive()
+        if self._tasks[0][0]:
+            self._spare += 1  # the first is another one by now, and needs none
+        return True
 
     def _set_up(self) -> None:
         frames = self._reader.read()
@@ -166,6 +218,7 @@ class _Worker:
         self.send(Kind.READY, pickle.dumps(self._pid, 5))
 
     def _work(self, job_id: str, attempt: int, args: Any) -> None:
+        self._channel.begin(job_id)
         start, cpu = time.time(), time.process_time()
         try:
             try:
@@ -186,7 +239,7 @@ class _Worker:
         if end - start > _WORTH_MEASURING:
             self._rss = peak_rss()
         measured = (start, end, time.process_time() - cpu, self._rss)
-        self._channel.flush()
+        self._channel.end()
         self._stop.discard(job_id)
         self._flush_output()
         if kind == Kind.DONE:
