@@ -351,7 +351,7 @@ class Evaluator:
 
     def _run_out(self, deadline: float) -> None:
         if deadline == self._deadline and not self._closed:
-            self._scheduler.cancel_all(f"the timeout of {self._timeout:g} s has passed")
+            self._scheduler.close_intake(f"the timeout of {self._timeout:g} s has passed")
 
     @property
     def time_left(self) -> float:
@@ -369,7 +369,7 @@ class Evaluator:
         """Take nothing more in, cancel what waits, ask what runs to stop, then end it. ``gather`` returns all of them."""
         if self._stop_reason is None:
             self._stop_reason = reason
-            self._scheduler.cancel_all(reason)
+            self._scheduler.close_intake(reason)
 
     @property
     def stop_reason(self) -> str | None:
@@ -461,7 +461,7 @@ class Evaluator:
             _open.discard(self)
             reason = "the evaluator was closed"
             try:
-                cancelled = self._scheduler.cancel_all(reason)
+                cancelled = self._scheduler.close_intake(reason)
                 self._backend.stop(self._grace)
             finally:
                 self._scheduler.give_up(reason)

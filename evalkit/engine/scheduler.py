@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
 from typing import Any
 
 from evalkit.backends.base import Backend
@@ -27,6 +26,7 @@ from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
 from evalkit.engine.retry import RetryPolicy
 from evalkit.engine.waiting import AllWaiter, BatchWaiter, JobWaiter, Waiter
+from evalkit.errors import SearchStoppedError
 from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobState
 
 __all__ = ["Scheduler"]
@@ -34,8 +34,6 @@ __all__ = ["Scheduler"]
 _log = logging.getLogger("evalkit")
 
 _MAX_LOSSES = 10  # a job whose runs end so often by no fault of its own is not sent again
-_by_number = attrgetter("number")
-
 
 class Scheduler:
     """Holds the jobs of one evaluator between submit and gather. It is the :class:`evalkit.job.JobOwner` of its jobs.
@@ -81,6 +79,7 @@ class Scheduler:
         self._failures: dict[str, list[JobCause]] = {}
         self._waiters: list[Waiter] = []
         self._last_number = -1
+        self._closed_because: str | None = None
         self._handlers: dict[type, Callable[[_Turn, Job, Any], None]] = {
             Done: self._on_done,
             Started: self._on_started,
@@ -104,8 +103,14 @@ class Scheduler:
             return len(self._out) + len(self._finished)
 
     def admit(self, jobs: Sequence[Job]) -> None:
-        """Take these jobs in and start what can start."""
+        """Take these jobs in and start what can start.
+
+        Raises:
+            SearchStoppedError: the intake is closed; none of them was taken in.
+        """
         with self._lock:
+            if self._closed_because is not None:
+                raise SearchStoppedError(self._closed_because)
             for job in jobs:
                 self._out[job.id] = job
             self._pending.extend(jobs)
@@ -116,6 +121,22 @@ class Scheduler:
             self._notifier.drain()
         self.pump()
 
+    def close_intake(self, reason: str) -> list[Job]:
+        """Take nothing in from now on, and cancel every job that is out; return those that had not ended."""
+        with self._lock:
+            if self._closed_because is None:
+                self._closed_because = reason
+            jobs = list(self._out.values())
+        # The last first: none of them may start because those before it went.
+        for job in reversed(jobs):
+            self._cancel(job, reason)
+        return jobs
+
+    def open_intake(self) -> None:
+        """Take jobs in again."""
+        with self._lock:
+            self._closed_because = None
+
     def wait_batch(self, size: int) -> tuple[list[Job], int]:
         """Wait for ``size`` jobs, or for all if fewer are out; take everything that has ended by then.
 
@@ -124,27 +145,16 @@ class Scheduler:
         """
         with self._lock:
             out = len(self._out) + len(self._finished)
-            waiter = self._enlist(BatchWaiter(size))
+            waiter = self._enlist(BatchWaiter(min(size, out)))
         self._wait(waiter, None)
-        with self._lock:
-            jobs, self._finished = list(self._finished.values()), {}
-        return jobs, out
+        return waiter.jobs, out
 
     def wait_all(self) -> list[Job]:
         """Wait for every job that is out by now and take them, in the order of submission."""
         with self._lock:
-            last = self._last_number
-            waiter = self._enlist(AllWaiter(len(self._out), last))
+            waiter = self._enlist(AllWaiter(len(self._out), self._last_number))
         self._wait(waiter, None)
-        with self._lock:
-            jobs = [job for job in self._finished.values() if job.number <= last]
-            if len(jobs) == len(self._finished):
-                self._finished = {}
-            else:
-                for job in jobs:
-                    del self._finished[job.id]
-        jobs.sort(key=_by_number)
-        return jobs
+        return waiter.jobs
 
     def wait_job(self, job: Job, timeout: float | None) -> bool:
         """Wait for one job; say whether it has ended."""
@@ -166,15 +176,6 @@ class Scheduler:
     def cancel_job(self, job: Job) -> CancelOutcome:
         return self._cancel(job, "cancelled by the user")
 
-    def cancel_all(self, reason: str) -> list[Job]:
-        """Cancel every job that is out; return those that were not ended."""
-        with self._lock:
-            jobs = list(self._out.values())
-        # The last first: none of them may start because those before it went.
-        for job in reversed(jobs):
-            self._cancel(job, reason)
-        return jobs
-
     def give_up(self, reason: str) -> None:
         """The backend has stopped: what has not ended by now never will."""
         turn = _Turn(self.clock())
@@ -192,7 +193,7 @@ class Scheduler:
 
     def _enlist(self, waiter: Waiter) -> Waiter:
         if waiter.satisfied(len(self._finished), len(self._out)):
-            waiter.release()
+            waiter.release(self._finished)
         else:
             self._waiters.append(waiter)
         return waiter
@@ -212,6 +213,10 @@ class Scheduler:
                     # Nothing to run here and now: another thread is submitting, or a retry waits for its time.
                     waiter.wait(0.05 if left is None else min(left, 0.05))
             return True
+        except BaseException:
+            # Ctrl-C: what the waiter was given meanwhile is for the next who gathers.
+            self.put_back(waiter.jobs)
+            raise
         finally:
             if not waiter.done:
                 with self._lock:
@@ -219,11 +224,12 @@ class Scheduler:
                         self._waiters.remove(waiter)
 
     def _release_waiters(self) -> None:
+        """First come, first served: what one is given, the next does not count on."""
         if self._waiters:
-            finished, out = len(self._finished), len(self._out)
-            for waiter in [waiter for waiter in self._waiters if waiter.satisfied(finished, out)]:
-                self._waiters.remove(waiter)
-                waiter.release()
+            for waiter in tuple(self._waiters):
+                if waiter.satisfied(len(self._finished), len(self._out)):
+                    self._waiters.remove(waiter)
+                    waiter.release(self._finished)
 
     # -- feeding the backend --------------------------------------------------------------------------------------
 
@@ -238,6 +244,10 @@ class Scheduler:
                 batch = self._next_batch()
                 if batch:
                     self._backend.dispatch(batch)
+                    # Who cancelled one of them a moment ago may have asked a backend that did not know it yet.
+                    for job in batch if self._dooms else ():
+                        if job.id in self._dooms:
+                            self._backend.cancel(job.id, kill=False)
             finally:
                 self._dispatching.release()
             if not batch and not self._pump_again:
@@ -318,14 +328,16 @@ class Scheduler:
         turn.touched.append(job)
 
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
-        self._leave_backend(turn, job, event.measured, event.worker)
         if job.state is JobState.QUEUED:
-            job.start(turn.now)
+            self._on_started(turn, job, Started(job.id, turn.now + self.epoch, event.worker))
+        self._leave_backend(turn, job, event.measured, event.worker)
         if self._dooms and self._again(turn, job, None):
             return
         self._end(turn, job, JobState.DONE, event.output)
 
     def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
+        if job.state is JobState.QUEUED and event.worker is not None:
+            self._on_started(turn, job, Started(job.id, turn.now + self.epoch, event.worker))
         self._leave_backend(turn, job, event.measured, event.worker)
         if not self._again(turn, job, event.cause):
             self._end(turn, job, JobState.FAILED, None, event.error, event.cause)
@@ -364,8 +376,7 @@ class Scheduler:
             facts.timestamp_start = start - self.epoch
             facts.timestamp_end = end - self.epoch
         facts.timestamp_gather = turn.now
-        if worker is not None:
-            facts.host, facts.pid, facts.worker = worker.host, worker.pid, worker.name
+        self._note_worker(job, worker)
 
     def _note_worker(self, job: Job, worker: WorkerIdentity | None) -> None:
         if worker is not None:
@@ -439,6 +450,7 @@ class Scheduler:
                 return CancelOutcome.TOO_LATE
             if job.state is JobState.CANCELLING or job.id in self._dooms:
                 return CancelOutcome.REQUESTED
+            ran = job.state is JobState.RUNNING
             job.move(JobState.CANCELLING, reason)
             sent = job.id in self._in_backend
             if sent:
@@ -450,9 +462,9 @@ class Scheduler:
         self._tell(turn)
         if sent:
             self._backend.cancel(job.id, kill=False)
-            if not job.is_complete:
+            if job.id in self._out:
                 self._timers.call_later(self._patience, self._kill, job.id)
-        return CancelOutcome.CANCELLED if job.is_complete else CancelOutcome.REQUESTED
+        return CancelOutcome.REQUESTED if ran or job.id in self._out else CancelOutcome.CANCELLED
 
     def _check_timeouts(self) -> None:
         limit = self._job_timeout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from operator import attrgetter
 
 from evalkit.job import Job
 
@@ -10,12 +11,18 @@ __all__ = ["AllWaiter", "BatchWaiter", "JobWaiter", "Waiter"]
 
 
 class Waiter:
-    """One thread that waits. The scheduler asks and tells it with its lock held; waiting takes no lock and no CPU."""
+    """One thread that waits. The scheduler asks and tells it with its lock held; waiting takes no lock and no CPU.
+
+    Attributes:
+        done: whether it was released.
+        jobs: what it was given when it was released; nobody else gets them.
+    """
 
     def __init__(self) -> None:
         self._gate = threading.Lock()
         self._gate.acquire()
         self.done = False
+        self.jobs: list[Job] = []
 
     def ended(self, job: Job) -> None:
         """A job has ended."""
@@ -24,38 +31,51 @@ class Waiter:
         """Whether there is nothing left to wait for.
 
         Args:
-            finished: how many jobs have ended and were not gathered yet.
+            finished: how many jobs have ended and were given to nobody yet.
             out: how many have not ended.
         """
         raise NotImplementedError
 
-    def release(self) -> None:
-        """Let the thread go on."""
-        if not self.done:
-            self.done = True
-            self._gate.release()
+    def choose(self, finished: dict[str, Job]) -> list[Job]:
+        """Which of the jobs that have ended it takes along."""
+        return []
+
+    def release(self, finished: dict[str, Job]) -> None:
+        """Let the thread go on, with its jobs."""
+        self.jobs = self.choose(finished)
+        if len(self.jobs) == len(finished):
+            finished.clear()
+        else:
+            for job in self.jobs:
+                del finished[job.id]
+        self.done = True
+        self._gate.release()
 
     def wait(self, timeout: float | None) -> bool:
         """Wait to be released, at most ``timeout`` seconds; say whether that came."""
-        if self._gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+        timeout = -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
+        if self._gate.acquire(timeout=timeout):
             self._gate.release()
             return True
         return self.done
 
 
 class BatchWaiter(Waiter):
-    """Waits for ``size`` jobs, or for as many as there can be."""
+    """Waits for ``size`` jobs, or for as many as there can be, and takes whatever has ended."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self._size = size
 
     def satisfied(self, finished: int, out: int) -> bool:
-        return finished >= min(self._size, finished + out)
+        return finished >= self._size or out == 0
+
+    def choose(self, finished: dict[str, Job]) -> list[Job]:
+        return list(finished.values())
 
 
 class AllWaiter(Waiter):
-    """Waits for the ``missing`` jobs up to number ``last``; what is submitted later is not waited for."""
+    """Waits for the ``missing`` jobs up to number ``last`` and takes those, in the order of submission."""
 
     def __init__(self, missing: int, last: int) -> None:
         super().__init__()
@@ -69,9 +89,12 @@ class AllWaiter(Waiter):
     def satisfied(self, finished: int, out: int) -> bool:
         return self._missing <= 0
 
+    def choose(self, finished: dict[str, Job]) -> list[Job]:
+        return sorted((job for job in finished.values() if job.number <= self._last), key=_by_number)
+
 
 class JobWaiter(Waiter):
-    """Waits for one job."""
+    """Waits for one job, and leaves it to who gathers."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -79,3 +102,6 @@ class JobWaiter(Waiter):
 
     def satisfied(self, finished: int, out: int) -> bool:
         return self._job.is_complete
+
+
+_by_number = attrgetter("number")
