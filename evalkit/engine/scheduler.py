@@ -319,6 +319,12 @@ class Scheduler:
                 self._timeout_scheduled = True
                 self._timers.call_later(self._job_timeout, self._check_timeouts)
 
+    def _has_run(self, turn: _Turn, job: Job) -> None:
+        """It was over so soon that nobody told of its start; the times are in what was measured."""
+        job.start(turn.now)
+        if self._notifier.active:
+            turn.progressed.append(job)
+
     def _on_progress(self, turn: _Turn, job: Job, event: Progress) -> None:
         job.note_progress(event.progress, event.phase)
         turn.progressed.append(job)
@@ -329,7 +335,7 @@ class Scheduler:
 
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
         if job.state is JobState.QUEUED:
-            self._on_started(turn, job, Started(job.id, turn.now + self.epoch, event.worker))
+            self._has_run(turn, job)
         self._leave_backend(turn, job, event.measured, event.worker)
         if self._dooms and self._again(turn, job, None):
             return
@@ -337,7 +343,7 @@ class Scheduler:
 
     def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
         if job.state is JobState.QUEUED and event.worker is not None:
-            self._on_started(turn, job, Started(job.id, turn.now + self.epoch, event.worker))
+            self._has_run(turn, job)
         self._leave_backend(turn, job, event.measured, event.worker)
         if not self._again(turn, job, event.cause):
             self._end(turn, job, JobState.FAILED, None, event.error, event.cause)

@@ -43,7 +43,7 @@ __all__ = ["ProcessBackend"]
 _log = logging.getLogger("evalkit")
 
 _AHEAD = 0.010  # seconds of work that a worker may hold ahead
-_MAX_DEPTH = 256  # tasks
+_MAX_DEPTH = 2048  # tasks: enough for the 5 ms that the interpreter may keep the I/O thread waiting
 _MAX_AHEAD_BYTES = 16 * 2**20
 _STEAL_AFTER = 0.002  # seconds; what waits longer behind a running job goes to an idle worker
 _MAX_START_FAILURES = 3  # in a row
@@ -119,8 +119,8 @@ class ProcessBackend(Backend):
             for task in tasks:
                 self._backlog[task.id] = task
             self._fill()
-            wake = any(link.wants_write for link in self._crew.links.values()) or self._someone_is_idle()
-        if wake:
+            wake = any(link.wants_write or len(link.inflight) > 1 for link in self._crew.links.values())
+        if wake:  # there is something to write, or, some time, to steal
             self._crew.wake()
 
     def cancel(self, job_id: str, kill: bool) -> None:

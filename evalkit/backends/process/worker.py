@@ -23,7 +23,7 @@ from typing import Any
 from evalkit.backends.base import RunFunction
 from evalkit.backends.execution import describe, peak_rss
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
-from evalkit.backends.serialization import dumps, explain, loads
+from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
 from evalkit.running import RunningJob, is_coroutine_function
 
@@ -49,7 +49,8 @@ class _Channel:
 
     def end(self) -> None:
         """What was held back goes before the result; a thread that the job left behind is not heard any more."""
-        self._flush()
+        if self._last is not None:
+            self._flush()
         self._job_id = None
 
     def progress(self, job_id: str, progress: float, phase: str) -> None:
@@ -107,6 +108,7 @@ class _Worker:
         self._rss = peak_rss()
         self._pid = os.getpid()
         self._state: Any = None
+        self._packer = Packer("output")
         self._quit = False
 
     # -- messages -------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ class _Worker:
         self._flush_output()
         if kind == Kind.DONE:
             try:
-                data, buffers = dumps((value, measured), "output")
+                data, buffers = self._packer.pack((value, measured))
             except SerializationError as exc:
                 # Of the output alone, so that the path starts at what the user returned.
                 cause = exc.__cause__ or exc
@@ -261,9 +263,11 @@ class _Worker:
         return self._runner.run(self._function(job))
 
     def _flush_output(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # closed, or replaced by the user's function
 
 
 def main(sock: socket.socket, tokens: int, number: int) -> int:
