@@ -6,6 +6,7 @@ from evalkit.errors import EvalkitError
 from evalkit.evaluator import Evaluator
 from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobState, JobStatus
 from evalkit.running import RunningJob, call_with_kwargs
+from evalkit.version import __version__
 
 __all__ = [
     "Callback",
@@ -22,5 +23,3 @@ __all__ = [
     "__version__",
     "call_with_kwargs",
 ]
-
-__version__ = "0.1.0"

@@ -17,6 +17,7 @@ from evalkit import builtin, hookspecs
 from evalkit.backends.base import Backend, BackendSpec
 from evalkit.errors import BrokenPluginError, PluginNotInstalledError, StorageURLError, UnknownPluginError
 from evalkit.storage.base import Storage, StorageSpec
+from evalkit.version import __version__
 
 if TYPE_CHECKING:
     from evalkit.evaluator import Evaluator
@@ -84,8 +85,6 @@ class Plugins:
         self._storages: _Table[StorageSpec] = _Table("storage", builtin.KNOWN_STORAGES)
         import importlib.metadata  # slow, and needed here only
 
-        from evalkit import __version__
-
         self._add(Origin("evalkit", "evalkit", __version__), builtin)
         for entry_point in importlib.metadata.entry_points(group=hookspecs.PROJECT):
             dist = entry_point.dist
@@ -118,7 +117,9 @@ class Plugins:
         for name in names:
             if name in table.specs:
                 owner = table.specs[name][1]
-                raise ValueError(f"the {table.kind} {name!r} is already provided by {owner.distribution} {owner.version}")
+                raise ValueError(
+                    f"the {table.kind} {name!r} is already provided by {owner.distribution} {owner.version}"
+                )
 
     def _set_aside(self, origin: Origin, exc: BaseException) -> None:
         reason = f"{type(exc).__name__}: {exc}"
@@ -130,7 +131,7 @@ class Plugins:
             others = [other for other in self._manager.get_plugins() if other is not plugin]
             try:
                 self._manager.subset_hook_caller("evalkit_evaluator_created", others)(evaluator=evaluator)
-            except Exception:
+            except Exception:  # noqa: BLE001 - a stranger's hook may do anything
                 _log.exception("plugin %s failed in evalkit_evaluator_created", self._manager.get_name(plugin))
 
     # -- looking up -----------------------------------------------------------------------------------------------
@@ -190,11 +191,10 @@ class Plugins:
         if name in table.known:
             raise PluginNotInstalledError(f"the {table.kind} {name!r} is not installed: {table.known[name]}", name)
         candidates = sorted({*table.specs, *table.known})
-        hint = "".join(
-            f"; the plugin {broken.origin.name} does not load ({broken.reason})" for broken in self.broken
-        )
+        hint = "".join(f"; the plugin {broken.origin.name} does not load ({broken.reason})" for broken in self.broken)
         raise UnknownPluginError(
-            f"no {table.kind} is called {name!r}{close_match(name, candidates)}; there are: {', '.join(candidates)}{hint}", name
+            f"no {table.kind} is called {name!r}{close_match(name, candidates)}; there are: {', '.join(candidates)}{hint}",
+            name,
         )
 
 

@@ -20,11 +20,11 @@ class Stoppable(Protocol):
 class Callback:
     """An observer of one evaluator's events; override what you need.
 
-    The evaluator calls the methods of all its callbacks one at a time, in the order in which things happened, in a thread of
-    its own (for a plain function on ``serial``, in the thread that gathers). ``gather`` returns a job only after the
-    ``on_done`` of it has returned, so a slow callback slows the loop and nothing else. An exception in a callback is logged with
-    the callback's name and breaks nothing. A callback may call ``submit``, ``stop`` and ``job.cancel()``; ``gather`` and
-    ``close`` in a callback raise ``GatherInCallbackError``.
+    The evaluator calls the methods of all its callbacks one at a time, in the order in which things happened, in a
+    thread of its own (for a plain function on ``serial``, in the thread that gathers). ``gather`` returns a job only
+    after the ``on_done`` of it has returned, so a slow callback slows the loop and nothing else. An exception in a
+    callback is logged with the callback's name and breaks nothing. A callback may call ``submit``, ``stop`` and
+    ``job.cancel()``; ``gather`` and ``close`` in a callback raise ``GatherInCallbackError``.
 
     Attributes:
         evaluator: the evaluator it was given to; None before.

@@ -6,8 +6,8 @@
                 ▲                     │
                 └──── retry, lost ────┘
 
-One lock guards it all; nothing is called under it but the jobs' own methods. What has ended and was gathered is forgotten, so
-no step depends on how many jobs there were.
+One lock guards it all; nothing is called under it but the jobs' own methods. What has ended and was gathered is
+forgotten, so no step depends on how many jobs there were.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from evalkit.backends.base import Backend
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Lost, Measured, Progress, Recorded, Started, WorkerIdentity
+from evalkit.backends.events import (
+    Cancelled,
+    Done,
+    Event,
+    Failed,
+    Lost,
+    Measured,
+    Progress,
+    Recorded,
+    Started,
+    WorkerIdentity,
+)
 from evalkit.engine.clock import Clock
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
@@ -34,6 +45,7 @@ __all__ = ["Scheduler"]
 _log = logging.getLogger("evalkit")
 
 _MAX_LOSSES = 10  # a job whose runs end so often by no fault of its own is not sent again
+
 
 class Scheduler:
     """Holds the jobs of one evaluator between submit and gather. It is the :class:`evalkit.job.JobOwner` of its jobs.
@@ -234,7 +246,9 @@ class Scheduler:
     # -- feeding the backend --------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Give the backend what it has room for. One thread does it at a time; who comes meanwhile has it done once more."""
+        """Give the backend what it has room for. One thread does it at a time; who comes meanwhile has it done once
+        more.
+        """
         while True:
             self._pump_again = True
             if not self._dispatching.acquire(blocking=False):
@@ -299,7 +313,7 @@ class Scheduler:
             for callback in callbacks:
                 try:
                     callback(job)
-                except Exception:
+                except Exception:  # noqa: BLE001 - whose callback it is cannot be known
                     _log.exception("a callback of job %s failed", job.id)
         if self._notifier.inline:
             self._notifier.drain()
@@ -367,9 +381,7 @@ class Scheduler:
         turn.touched.append(job)
         self._pending.appendleft(job)
 
-    def _leave_backend(
-        self, turn: _Turn, job: Job, measured: Measured | None, worker: WorkerIdentity | None
-    ) -> None:
+    def _leave_backend(self, turn: _Turn, job: Job, measured: Measured | None, worker: WorkerIdentity | None) -> None:
         del self._in_backend[job.id]
         if self._running:
             self._running.pop(job.id, None)

@@ -8,9 +8,9 @@
                        signal ▼  │ exited
                             nursery (forks the workers, ends what they leave)
 
-Who dispatches writes to the sockets directly, without waiting; the I/O thread reads, and writes what did not fit. How many
-tasks a worker holds ahead adapts to how long they take. What a worker has not started can be taken back at any instant, so
-a dead worker costs exactly the job it was on, and an idle one gets what waits behind a long job.
+Who dispatches writes to the sockets directly, without waiting; the I/O thread reads, and writes what did not fit. How
+many tasks a worker holds ahead adapts to how long they take. What a worker has not started can be taken back at any
+instant, so a dead worker costs exactly the job it was on, and an idle one gets what waits behind a long job.
 
 One lock, which a thread may take again, guards it all. Events are emitted with it held, so that they come in order; the
 evaluator holds no lock when it calls in here, so nobody waits in a circle.
@@ -57,7 +57,8 @@ class ProcessBackend(Backend):
         num_workers: how many processes.
         worker_init: called once in each worker before its first job; what it returns is ``job.worker_state``.
         max_jobs_per_worker: a worker that has run so many jobs is replaced by a new one; None for never.
-        start_timeout: seconds that a worker may take to start, with the imports of the run function and ``worker_init``.
+        start_timeout: seconds that a worker may take to start, with the imports of the run function and
+            ``worker_init``.
 
     Raises:
         ValueError, TypeError: an option makes no sense.
@@ -243,7 +244,7 @@ class ProcessBackend(Backend):
         try:
             while not self._finished.is_set():
                 self._turn()
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 - see below
             # A defect of ours. Whoever waits for these jobs must not wait for ever.
             _log.exception("the process pool failed")
             self._finished.set()
@@ -296,7 +297,7 @@ class ProcessBackend(Backend):
     def _receive(self, link: WorkerLink, frames: list[Frame]) -> None:
         try:
             self._take_in(link, frames)
-        except Exception:
+        except Exception:  # noqa: BLE001 - see below
             # What it sends makes no sense, so it is of no use any more; the job it is on fails with it.
             _log.exception("worker %s sent what cannot be read", link.number)
             self._crew.stop_listening(link)
@@ -311,7 +312,7 @@ class ProcessBackend(Backend):
         durations: list[float] = []
         worker = link.identity
         for kind, _, payload, buffers in frames:
-            if kind == _DONE or kind == _FAILED:
+            if kind in (_DONE, _FAILED):
                 job_id = link.finish_first()
                 try:
                     value, measured = pickle.loads(payload, buffers=buffers)
@@ -357,7 +358,9 @@ class ProcessBackend(Backend):
             self._replace_nursery()
 
     def _bury(self, link: WorkerLink, error: ErrorInfo | None) -> None:
-        """A worker has ended: what it was on has crashed (or is lost, without an ``error``), and what it held goes elsewhere."""
+        """A worker has ended: what it was on has crashed (or is lost, without an ``error``), and what it held goes
+        elsewhere.
+        """
         with contextlib.suppress(EOFError, BlockingIOError, ConnectionResetError):
             while True:
                 self._receive(link, link.read())

@@ -1,9 +1,9 @@
 """The worker: takes tasks from its socket, one at a time, and writes each result as soon as there is one.
 
-It has a single thread, so nothing here competes with the user's function. Tasks come ahead of need; before it starts one, a
-worker takes a token out of a pipe that the pool can read as well. Whoever gets the token has the right to a task, the worker to
-the first of those that wait, the pool to the last: so the pool can have back what was not started, at any instant, and never
-is a task started by two.
+It has a single thread, so nothing here competes with the user's function. Tasks come ahead of need; before it starts
+one, a worker takes a token out of a pipe that the pool can read as well. Whoever gets the token has the right to a
+task, the worker to the first of those that wait, the pool to the last: so the pool can have back what was not
+started, at any instant, and never is a task started by two.
 """
 
 from __future__ import annotations
@@ -233,7 +233,8 @@ class _Worker:
             if os.getpid() != self._pid:
                 os._exit(0)  # the user's function forked, and this is the child
             kind, value = Kind.DONE, output
-        except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit and KeyboardInterrupt included
+        except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit and KeyboardInterrupt
+        included
             if os.getpid() != self._pid:
                 os._exit(1)
             kind, value = Kind.FAILED, describe(exc)
