@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import inspect
 import itertools
 import math
 import os
@@ -14,11 +13,22 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from evalkit.backends.base import Backend
 from evalkit.callbacks.base import Callback
+from evalkit.engine.arguments import (
+    check_callbacks,
+    check_run_function,
+    check_seconds,
+    entries_of,
+    is_int,
+    open_storage,
+    options_of,
+    parameters_of,
+)
 from evalkit.engine.clock import Clock
+from evalkit.engine.drawing import CHUNK, Drawer
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
 from evalkit.engine.retry import RetryPolicy
@@ -27,18 +37,19 @@ from evalkit.errors import (
     EvaluatorClosedError,
     GatherInCallbackError,
     MaximumJobsSpawnReached,
-    ParametersError,
     SearchStoppedError,
 )
-from evalkit.job import Job
+from evalkit.job import Job, JobState
 from evalkit.plugins import close_match, plugins
 from evalkit.storage.base import JobRecord, Storage
-from evalkit.storage.memory import MemoryStorage
+
+if TYPE_CHECKING:
+    from evalkit.engine.awaiting import Awaiter
 
 __all__ = ["Evaluator"]
 
-_CHUNK = 1024  # jobs that go through submit at a time
-_LAZY_WAIT = 0.02  # seconds that a job may wait for the next ones of a slow iterable
+_LONGEST_GRACE = 1e6  # seconds; engines count in smaller units, and what is longer is never waited for
+_LAST_SUBMIT = 5.0  # seconds that close waits for a submit that is under way
 _COMMON = (
     "num_workers",
     "callbacks",
@@ -84,16 +95,18 @@ class Evaluator:
         retries: int | RetryPolicy = 0,
         grace: float = 2.0,
     ) -> None:
-        if not callable(run_function):
-            raise TypeError(f"the run function must be callable, not {run_function!r}")
-        _check_seconds("job_timeout", job_timeout)
-        _check_seconds("grace", grace, zero=True)
+        check_run_function(run_function)
+        check_seconds("job_timeout", job_timeout)
+        check_seconds("grace", grace, zero=True)
+        grace = min(grace, _LONGEST_GRACE)
+        if job_timeout == math.inf:
+            job_timeout = None
         policy = RetryPolicy.of(retries)
-        observers = _check_callbacks(callbacks)
+        observers = check_callbacks(callbacks)
         self._run_function = run_function
         self._backend = backend
         self._owns_storage = isinstance(storage, str)
-        self._storage = _open_storage(storage)
+        self._storage = open_storage(storage)
         try:
             if search_id is None:
                 self._search_id = self._storage.create_search()
@@ -106,7 +119,8 @@ class Evaluator:
             self._epoch = time.time()
             self._timers = Clock()
             self._notifier = Notifier(observers)
-            self._recorder = Recorder(self._storage, self._timers)
+            self._slow_timers = Clock("evalkit-storage")  # for what may have to wait for the storage
+            self._recorder = Recorder(self._storage, self._slow_timers)
             self._scheduler = Scheduler(
                 backend,
                 self._recorder,
@@ -117,7 +131,8 @@ class Evaluator:
                 job_timeout=job_timeout,
                 grace=grace,
             )
-            self._submitting = threading.Lock()
+            # Reentrant: where jobs run in the caller, the callbacks of a submit are called in it, and they may submit.
+            self._submitting = threading.RLock()
             self._numbers = itertools.count()
             self._submitted = 0
             self._gathered = 0
@@ -125,8 +140,10 @@ class Evaluator:
             self._stop_reason: str | None = None
             self._timeout: float | None = None
             self._deadline: float | None = None
+            self._ending = threading.Lock()  # over what decides whether jobs are taken in
             self._closing = threading.Lock()
             self._closed = False
+            self._awaiter: Awaiter | None = None
             bound = partial(run_function, **run_function_kwargs) if run_function_kwargs else run_function
             backend.start(bound, self._scheduler.emit)
         except BaseException:
@@ -159,13 +176,12 @@ class Evaluator:
             StorageError: the storage cannot be opened, or has no search of that id.
             BackendError: the engine cannot start.
         """
-        if not callable(run_function):
-            raise TypeError(f"the run function must be callable, not {run_function!r}")
+        check_run_function(run_function)
         if not isinstance(method, str):
             raise TypeError(f"method takes the name of a backend, not {method!r}")
         given = dict(method_kwargs or {})
         backend_class = plugins().backend_class(method)
-        accepted = _options(backend_class)
+        accepted = options_of(backend_class)
         for name in given:
             if name not in accepted and name not in _COMMON:
                 candidates = sorted({*accepted, *_COMMON})
@@ -203,52 +219,57 @@ class Evaluator:
             StorageUnavailableError: the storage does not take them; nothing (more) was submitted.
         """
         self._check_open()
-        if isinstance(args_list, Mapping | str | bytes):
-            raise ParametersError(f"submit takes an iterable of mappings, not {args_list!r}; write submit([{{...}}])")
+        if type(args_list) is not list and not isinstance(entries_of(args_list), Sequence):
+            clock = None if self._backend.runs_in_caller else self._slow_timers
+            return Drawer(self._check_room, self._admit, clock).draw(args_list)
+        copies = [parameters_of(args, index) for index, args in enumerate(args_list)]
         with self._submitting:
-            self._check_going()
-            left = None if self._maximum is None else self._maximum - self._submitted
-            if not isinstance(args_list, Sequence) and left is not None:
-                args_list = list(itertools.islice(args_list, left + 1))
-            if isinstance(args_list, Sequence):
-                copies = [_parameters(args, index) for index, args in enumerate(args_list)]
-                if left is not None and len(copies) > left:
-                    raise MaximumJobsSpawnReached(self._maximum or 0, self._submitted)
-                jobs = []
-                for start in range(0, len(copies), _CHUNK):
-                    jobs += self._admit(copies[start : start + _CHUNK])
-                return jobs
-            return self._submit_lazily(args_list)
+            if len(copies) <= CHUNK:
+                return self._admit(copies)
+            self._check_room(len(copies))
+            jobs = []
+            for start in range(0, len(copies), CHUNK):
+                jobs += self._admit(copies[start : start + CHUNK])
+            return jobs
 
-    def _submit_lazily(self, args_list: Iterable[Mapping[str, Any]]) -> list[Job]:
-        jobs: list[Job] = []
-        chunk: list[dict[str, Any]] = []
-        due = time.monotonic() + _LAZY_WAIT
-        try:
-            for index, args in enumerate(args_list):
-                chunk.append(_parameters(args, index))
-                if len(chunk) >= _CHUNK or time.monotonic() >= due:
-                    ready, chunk = chunk, []
-                    jobs += self._admit(ready)
-                    due = time.monotonic() + _LAZY_WAIT
-        finally:
-            # What the iterable gave before it failed is submitted.
-            if chunk:
-                jobs += self._admit(chunk)
-        return jobs
+    def _check_room(self, n: int) -> None:
+        """Raise what keeps ``n`` jobs from being submitted, if anything does."""
+        self._check_open()
+        if self._deadline is not None or self._stop_reason is not None:
+            reason = self.stop_reason
+            if reason is not None:
+                raise SearchStoppedError(f"nothing more can be submitted: {reason}")
+        if self._maximum is not None and self._submitted + n > self._maximum:
+            raise MaximumJobsSpawnReached(self._maximum, self._submitted)
 
     def _admit(self, copies: list[dict[str, Any]]) -> list[Job]:
-        self._check_open()
-        ids = self._storage.create_jobs(self._search_id, copies, owner=self._owner)
-        now, numbers, scheduler = self._scheduler.clock(), self._numbers, self._scheduler
-        jobs = [
-            Job(job_id, args, number=next(numbers), created=now, owner=scheduler)
-            for job_id, args in zip(ids, copies, strict=True)
-        ]
-        if jobs:
+        """Create the jobs of these parameters, which are theirs, and start what can start."""
+        with self._submitting:
+            self._check_room(len(copies))
+            if not copies:
+                return []
+            ids = self._storage.create_jobs(self._search_id, copies, owner=self._owner)
+            now, numbers, scheduler = self._scheduler.clock(), self._numbers, self._scheduler
+            jobs = [
+                Job(job_id, args, number=next(numbers), created=now, owner=scheduler)
+                for job_id, args in zip(ids, copies, strict=True)
+            ]
             self._submitted += len(jobs)
-            scheduler.admit(jobs)
-        return jobs
+            try:
+                scheduler.admit(jobs)
+            except SearchStoppedError as exc:
+                self._submitted -= len(jobs)
+                self._withdraw(jobs, str(exc))
+                self._check_room(0)
+                raise
+            return jobs
+
+    def _withdraw(self, jobs: list[Job], reason: str) -> None:
+        """The search ended while these were created: nobody will ever run them, and their records have to say so."""
+        for job in jobs:
+            job.move(JobState.CANCELLING, reason)
+            job.finish(JobState.CANCELLED)
+        self._recorder.note(jobs)
 
     def gather(self, type: Literal["ALL", "BATCH"], size: int = 1) -> list[Job]:
         """Wait for jobs and return them: each job exactly once, whoever gathers.
@@ -268,7 +289,7 @@ class Evaluator:
         """
         if type not in ("ALL", "BATCH"):
             raise ValueError(f"gather takes 'ALL' or 'BATCH', not {type!r}")
-        if not _is_int(size) or size < 1:
+        if not is_int(size) or size < 1:
             raise ValueError(f"gather takes a size of at least 1, not {size!r}")
         self._check_open()
         if self._notifier.in_callback:
@@ -321,13 +342,17 @@ class Evaluator:
         Returns:
             the job, ended and in the storage; no later ``gather`` returns it.
         """
-        import asyncio  # here, since it takes a third of the time that evalkit takes to import
+        # Here, since asyncio takes a third of the time that evalkit takes to import.
+        from evalkit.engine.awaiting import Awaiter
 
+        if self._awaiter is None:
+            self._awaiter = Awaiter(self._backend.runs_in_caller)
+        awaiter = self._awaiter
         if not isinstance(job, Job):
-            (job,) = await asyncio.to_thread(self.submit, [job])
-        await asyncio.to_thread(job.wait)
+            (job,) = await awaiter.call(self.submit, [job])
+        await awaiter.end_of(job)
         if self._scheduler.take(job):
-            await asyncio.to_thread(self._hand_over, [job])
+            await awaiter.call(self._hand_over, [job])
         return job
 
     # -- budget ---------------------------------------------------------------------------------------------------
@@ -342,16 +367,25 @@ class Evaluator:
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
-        _check_seconds("timeout", seconds)
+        check_seconds("timeout", seconds)
         self._check_open()
-        self._timeout = seconds
-        self._deadline = None if seconds is None else time.monotonic() + seconds
-        if self._deadline is not None and seconds is not None:
-            self._timers.call_later(seconds, self._run_out, self._deadline)
+        deadline = None if seconds is None or seconds == math.inf else time.monotonic() + seconds
+        with self._ending:
+            self._timeout, self._deadline = seconds, deadline
+            self._take_in_again()
+        if deadline is not None and seconds is not None:
+            self._timers.call_later(seconds, self._run_out, deadline)
 
     def _run_out(self, deadline: float) -> None:
         if deadline == self._deadline and not self._closed:
             self._scheduler.close_intake(f"the timeout of {self._timeout:g} s has passed")
+            with self._ending:
+                if deadline != self._deadline:  # it was given more time just now
+                    self._take_in_again()
+
+    def _take_in_again(self) -> None:
+        if self._stop_reason is None and not self._closed:
+            self._scheduler.open_intake()
 
     @property
     def time_left(self) -> float:
@@ -360,16 +394,18 @@ class Evaluator:
 
     def set_maximum_num_jobs_submitted(self, n: int | None) -> None:
         """Let no more than ``n`` jobs be submitted in all; the submit that would pass it raises. None takes the limit away."""
-        if n is not None and (not _is_int(n) or n < 0):
+        if n is not None and (not is_int(n) or n < 0):
             raise ValueError(f"the maximum number of jobs is an int of at least 0, or None, not {n!r}")
         with self._submitting:
             self._maximum = n
 
     def stop(self, reason: str) -> None:
         """Take nothing more in, cancel what waits, ask what runs to stop, then end it. ``gather`` returns all of them."""
-        if self._stop_reason is None:
+        with self._ending:
+            if self._stop_reason is not None:
+                return
             self._stop_reason = reason
-            self._scheduler.close_intake(reason)
+        self._scheduler.close_intake(reason)
 
     @property
     def stop_reason(self) -> str | None:
@@ -412,7 +448,7 @@ class Evaluator:
 
     def add_callback(self, callback: Callback) -> None:
         """Have a callback called from now on."""
-        _check_callbacks([callback])
+        check_callbacks([callback])
         callback.evaluator = self
         self._notifier.add(callback)
 
@@ -427,7 +463,7 @@ class Evaluator:
             "num_workers": self.num_workers,
             "search_id": self._search_id,
             "storage": self._storage.url,
-            "timeout": self._timeout,
+            "timeout": None if self._timeout == math.inf else self._timeout,
             "job_timeout": self._job_timeout,
             "num_jobs_submitted": self._submitted,
             "num_jobs_gathered": self._gathered,
@@ -457,7 +493,8 @@ class Evaluator:
         with self._closing:
             if self._closed:
                 return []
-            self._closed = True
+            with self._ending:
+                self._closed = True
             _open.discard(self)
             reason = "the evaluator was closed"
             try:
@@ -466,7 +503,13 @@ class Evaluator:
             finally:
                 self._scheduler.give_up(reason)
                 self._timers.close()
+                self._slow_timers.close()
+                if self._awaiter is not None:
+                    self._awaiter.close()
                 try:
+                    # A submit that was under way says of its jobs that they were withdrawn; that is written too.
+                    if self._submitting.acquire(timeout=_LAST_SUBMIT):
+                        self._submitting.release()
                     self._recorder.flush()
                 finally:
                     if self._notifier.active:
@@ -488,10 +531,10 @@ class Evaluator:
         if self._closed:
             raise EvaluatorClosedError("this evaluator is closed; create another one")
 
-    def _check_going(self) -> None:
-        reason = self.stop_reason
-        if reason is not None:
-            raise SearchStoppedError(f"nothing more can be submitted: {reason}")
+    def _disown(self) -> None:
+        """Let go, in a fork of the process that owns it: everything it holds is the other one's."""
+        self._closing = threading.Lock()  # the other may have held it
+        self._closed = True
 
 
 @atexit.register
@@ -501,31 +544,13 @@ def _close_what_is_open() -> None:
         evaluator.close()
 
 
-def _options(backend_class: type[Backend]) -> list[str]:
-    """The options of a backend: the keyword-only parameters of its ``__init__``."""
-    parameters = inspect.signature(backend_class.__init__).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+def _disown_all() -> None:
+    for evaluator in list(_open):
+        evaluator._disown()
+    _open.clear()
 
 
-def _open_storage(storage: Storage | str | None) -> Storage:
-    if storage is None:
-        return MemoryStorage()
-    if isinstance(storage, str):
-        return plugins().open_storage(storage)
-    if isinstance(storage, Storage):
-        return storage
-    raise TypeError(f"storage takes a Storage or a URL such as sqlite:///study.db, not {storage!r}")
-
-
-def _parameters(args: Any, index: int) -> dict[str, Any]:
-    """A copy of the parameters of one job."""
-    if not isinstance(args, Mapping):
-        raise ParametersError(f"parameters are mappings; entry {index} is {type(args).__name__}: {args!r:.200}")
-    copy = dict(args)
-    for key in copy:
-        if type(key) is not str and not isinstance(key, str):
-            raise ParametersError(f"the names of parameters are strings; entry {index} has {key!r}")
-    return copy
+os.register_at_fork(after_in_child=_disown_all)
 
 
 def _job_of(record: JobRecord) -> Job:
@@ -533,22 +558,3 @@ def _job_of(record: JobRecord) -> Job:
     job = Job(record.id, record.args, number=record.number)
     job.restore(record.state, record.output, record.error, record.cause, record.attempt, record.records, record.metadata)
     return job
-
-
-def _check_callbacks(callbacks: Iterable[Callback] | None) -> list[Callback]:
-    checked = list(callbacks or ())
-    for callback in checked:
-        if not isinstance(callback, Callback):
-            raise TypeError(f"a callback is an instance of evalkit.Callback, not {callback!r}")
-    return checked
-
-
-def _check_seconds(name: str, value: Any, zero: bool = False) -> None:
-    if value is None and not zero:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 or (zero and value == 0)):
-        raise ValueError(f"{name} takes a positive number of seconds{'' if zero else ', or None'}, not {value!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,13 +1,9 @@
-"""Job: one evaluation, from submit to its end, and the one machine of its states."""
+"""Job: one evaluation, from submit to its end."""
 
 from __future__ import annotations
 
-import math
-import numbers
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from evalkit.errors import (
@@ -15,6 +11,17 @@ from evalkit.errors import (
     JobCancelledError,
     JobFailedError,
     JobNotCompleteError,
+)
+from evalkit.metadata import JobMetadata
+from evalkit.objectives import is_failed_objective, objective_of
+from evalkit.states import (
+    LEGAL_TRANSITIONS,
+    TERMINAL_STATES,
+    CancelOutcome,
+    ErrorInfo,
+    JobCause,
+    JobState,
+    JobStatus,
 )
 
 __all__ = [
@@ -32,146 +39,7 @@ __all__ = [
     "objective_of",
 ]
 
-
-class JobState(StrEnum):
-    """Where a job is. Foreign spellings are read by :meth:`parse`."""
-
-    QUEUED = "QUEUED"
-    RUNNING = "RUNNING"
-    DONE = "DONE"
-    FAILED = "FAILED"
-    PRUNED = "PRUNED"
-    CANCELLING = "CANCELLING"
-    CANCELLED = "CANCELLED"
-    SUSPENDED = "SUSPENDED"
-    UNKNOWN = "UNKNOWN"
-
-    @classmethod
-    def parse(cls, spelling: str) -> JobState:
-        """Read a state as other systems spell it (any case); what nobody spells is UNKNOWN."""
-        name = spelling.strip().upper().replace(" ", "_").replace("-", "_")
-        return _SPELLINGS.get(name, cls.UNKNOWN)
-
-
-_SPELLINGS: dict[str, JobState] = {state.value: state for state in JobState} | {
-    "WAITING": JobState.QUEUED,
-    "PENDING": JobState.QUEUED,
-    "SUBMITTED": JobState.QUEUED,
-    "STARTED": JobState.RUNNING,
-    "SUCCESS": JobState.DONE,
-    "COMPLETED": JobState.DONE,
-    "ERROR": JobState.FAILED,
-    "CRASHED": JobState.FAILED,
-    "CANCELED": JobState.CANCELLED,
-    "CANCEL_REQUESTED": JobState.CANCELLING,
-}
-
-TERMINAL_STATES = frozenset({JobState.DONE, JobState.FAILED, JobState.PRUNED, JobState.CANCELLED})
-
-_REPORTED = frozenset({JobState.SUSPENDED, JobState.UNKNOWN})  # by remote systems; anything may follow them
-#: What may follow what. RUNNING -> QUEUED is another attempt; QUEUED -> FAILED a job that could not even be sent.
-LEGAL_TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLING, JobState.FAILED}) | _REPORTED,
-    JobState.RUNNING: frozenset({JobState.DONE, JobState.FAILED, JobState.PRUNED, JobState.CANCELLING, JobState.QUEUED})
-    | _REPORTED,
-    JobState.CANCELLING: frozenset({JobState.CANCELLED}),
-    JobState.SUSPENDED: frozenset(JobState) - {JobState.SUSPENDED},
-    JobState.UNKNOWN: frozenset(JobState) - {JobState.UNKNOWN},
-    **dict.fromkeys(TERMINAL_STATES, frozenset()),
-}
-
-
-class JobCause(StrEnum):
-    """Why a job failed."""
-
-    EXCEPTION = "EXCEPTION"  # the run function raised, or its input or output could not travel
-    CRASH = "CRASH"  # the worker died under it
-    TIMEOUT = "TIMEOUT"  # it ran past job_timeout
-    MEMORY = "MEMORY"  # it took more memory than it may
-    LOST = "LOST"  # the machine it was on went away
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorInfo:
-    """What went wrong in a job, as text: it outlives the process that it happened in.
-
-    Attributes:
-        type: the qualified name of the exception's class, or ``WorkerDied`` and the like.
-        message: what the exception said.
-        traceback: the formatted traceback from where it was raised; empty if there is none.
-        exit_code: of the worker, if it died by exiting.
-        signal: the name of the signal that killed the worker, such as ``SIGKILL``.
-    """
-
-    type: str
-    message: str
-    traceback: str = ""
-    exit_code: int | None = None
-    signal: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.type}: {self.message}" if self.message else self.type
-
-
-@dataclass(frozen=True, slots=True)
-class JobStatus:
-    """A snapshot of a job. It never changes; ask the job for a new one.
-
-    Attributes:
-        progress: from 0 to 1, as the run function last reported.
-        phase: the words it reported with it.
-        stop_message: why the job was asked to stop, or why it ended early.
-        creation_timestamp, start_timestamp, end_timestamp: seconds since the Unix epoch.
-        duration: seconds from creation to the end, or to now.
-        running_time: seconds from the start to the end, or to now; 0.0 before the start.
-    """
-
-    state: JobState
-    progress: float
-    phase: str
-    stop_message: str | None
-    cause: JobCause | None
-    creation_timestamp: float
-    start_timestamp: float | None
-    end_timestamp: float | None
-    duration: float
-    running_time: float
-
-    @property
-    def waiting(self) -> bool:
-        return self.state is JobState.QUEUED or self.state is JobState.SUSPENDED
-
-    @property
-    def running(self) -> bool:
-        return self.state is JobState.RUNNING or self.state is JobState.CANCELLING
-
-    @property
-    def completed(self) -> bool:
-        return self.state in TERMINAL_STATES
-
-    @property
-    def success(self) -> bool:
-        return self.state is JobState.DONE
-
-    @property
-    def failed(self) -> bool:
-        return self.state is JobState.FAILED
-
-    @property
-    def canceled(self) -> bool:
-        return self.state is JobState.CANCELLED
-
-    @property
-    def unknown(self) -> bool:
-        return self.state is JobState.UNKNOWN
-
-
-class CancelOutcome(StrEnum):
-    """What a call of ``job.cancel()`` did."""
-
-    CANCELLED = "CANCELLED"  # it never ran and never will
-    REQUESTED = "REQUESTED"  # it runs, and was asked to stop
-    TOO_LATE = "TOO_LATE"  # it had ended before
+_registering = threading.Lock()  # of all jobs: whoever waits for an end by callback is rare
 
 
 class JobOwner(Protocol):
@@ -189,118 +57,6 @@ class JobOwner(Protocol):
     def cancel_job(self, job: Job) -> CancelOutcome: ...
 
     def wait_job(self, job: Job, timeout: float | None) -> bool: ...
-
-
-class JobMetadata(Mapping[str, Any]):
-    """Where, when and at what cost a job ran; a compact mapping that shows only what is known.
-
-    Timestamps are seconds since the evaluator was created, ``duration`` and ``cpu_time`` are seconds, ``peak_rss`` is
-    bytes. ``extra`` holds what the run function returned under ``"metadata"``.
-    """
-
-    __slots__ = (
-        "attempt",
-        "cpu_time",
-        "extra",
-        "host",
-        "peak_rss",
-        "pid",
-        "timestamp_end",
-        "timestamp_gather",
-        "timestamp_start",
-        "timestamp_submit",
-        "worker",
-    )
-
-    KEYS = (
-        "timestamp_submit",
-        "timestamp_start",
-        "timestamp_end",
-        "timestamp_gather",
-        "host",
-        "pid",
-        "worker",
-        "attempt",
-        "duration",
-        "cpu_time",
-        "peak_rss",
-    )
-
-    def __init__(self, timestamp_submit: float) -> None:
-        self.timestamp_submit = timestamp_submit
-        self.timestamp_start: float | None = None
-        self.timestamp_end: float | None = None
-        self.timestamp_gather: float | None = None
-        self.host: str | None = None
-        self.pid: int | None = None
-        self.worker: str | None = None
-        self.attempt = 0
-        self.cpu_time: float | None = None
-        self.peak_rss: int | None = None
-        self.extra: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> JobMetadata:
-        """The inverse of ``dict(metadata)``."""
-        metadata = cls(values.get("timestamp_submit", 0.0))
-        for key, value in values.items():
-            if key in cls.__slots__ and key != "extra":
-                setattr(metadata, key, value)
-            elif key != "duration":
-                metadata.extra = (metadata.extra or {}) | {key: value}
-        return metadata
-
-    @property
-    def duration(self) -> float | None:
-        """Seconds from start to end."""
-        if self.timestamp_start is None or self.timestamp_end is None:
-            return None
-        return self.timestamp_end - self.timestamp_start
-
-    def __getitem__(self, key: str) -> Any:
-        if self.extra is not None and key in self.extra:
-            return self.extra[key]
-        value = getattr(self, key) if key in self.KEYS else None
-        if value is None:
-            raise KeyError(key)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        extra = self.extra or {}
-        for key in self.KEYS:
-            if key not in extra and getattr(self, key) is not None:
-                yield key
-        yield from extra
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def objective_of(output: Any) -> Any:
-    """Read the objective out of what a run function returned.
-
-    Returns:
-        a number as it is; a tuple or list of numbers as a tuple; a string ``"F_…"`` as it is (a failed evaluation that the
-        user reported); for a mapping, what stands under ``"objective"``; None for anything else.
-    """
-    if isinstance(output, Mapping):
-        output = output.get("objective")
-    if isinstance(output, str):
-        return output if output.startswith("F_") else None
-    if isinstance(output, numbers.Number):
-        return output
-    if isinstance(output, tuple | list) and output and all(isinstance(one, numbers.Number) for one in output):
-        return tuple(output)
-    return None
-
-
-def is_failed_objective(objective: Any) -> bool:
-    """Whether an objective says that the evaluation failed: ``"F_…"``, NaN or ±inf, alone or among several."""
-    if isinstance(objective, str):
-        return objective.startswith("F_")
-    if isinstance(objective, tuple):
-        return any(is_failed_objective(one) for one in objective)
-    return isinstance(objective, numbers.Real) and not math.isfinite(objective)
 
 
 class Job:
@@ -487,11 +243,14 @@ class Job:
         Raises:
             IllegalTransitionError: that state cannot follow the present one.
         """
-        if state not in LEGAL_TRANSITIONS[self._state]:
-            raise IllegalTransitionError(f"job {self.id}: {self._state.value} -> {state.value} is not a legal transition")
+        self._check_transition(state)
         self._state = state
         if stop_message is not None:
             self._stop_message = stop_message
+
+    def _check_transition(self, state: JobState) -> None:
+        if state not in LEGAL_TRANSITIONS[self._state]:
+            raise IllegalTransitionError(f"job {self.id}: {self._state.value} -> {state.value} is not a legal transition")
 
     def start(self, timestamp: float) -> None:
         """It runs, since ``timestamp`` (seconds on the owner's clock)."""
@@ -519,7 +278,11 @@ class Job:
 
         Returns:
             the callbacks that wait for this, to be called without the lock.
+
+        Raises:
+            IllegalTransitionError: that state cannot follow the present one; the job is as it was.
         """
+        self._check_transition(state)
         # What belongs to the end is in place before the state says that it has come: readers take no lock.
         self.output = output
         self.error = error
@@ -527,8 +290,16 @@ class Job:
         self.measured.attempt = self.attempt
         if type(output) is dict and isinstance(output.get("metadata"), Mapping):
             self.measured.extra = {str(key): value for key, value in output["metadata"].items()}
-        self.move(state, stop_message)
-        callbacks, self._callbacks = self._callbacks, None
+        if stop_message is not None:
+            self._stop_message = stop_message
+        self._state = state
+        return self._take_callbacks()
+
+    def _take_callbacks(self) -> list[Callable[[Job], None]]:
+        if self._callbacks is None:
+            return []
+        with _registering:
+            callbacks, self._callbacks = self._callbacks, None
         return callbacks or []
 
     def restore(
@@ -555,5 +326,13 @@ class Job:
         self._records.append(values)
 
     def when_complete(self, callback: Callable[[Job], None]) -> None:
-        """Have ``callback(job)`` called at the end, from whatever thread brings it."""
-        self._callbacks = [*(self._callbacks or ()), callback]
+        """Have ``callback(job)`` called once, at the end, from whatever thread brings it; here and now if it has ended.
+
+        Safe from any thread.
+        """
+        with _registering:
+            self._callbacks = [*(self._callbacks or ()), callback]
+        # The end sets the state before it takes the callbacks, so one of the two sees the other.
+        if self.is_complete:
+            for waiting in self._take_callbacks():
+                waiting(self)

@@ -8,7 +8,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-__all__ = ["Channel", "RunningJob", "call_with_kwargs", "is_coroutine_function"]
+__all__ = ["Channel", "RunningJob", "call_with_kwargs", "is_coroutine_function", "own_copy"]
+
+_SCALARS = frozenset({bool, float, int, str, type(None)})
+_CONTAINERS = frozenset({dict, list, set, tuple})
 
 
 class Channel(Protocol):
@@ -76,9 +79,13 @@ class RunningJob(Mapping[str, Any]):
             ValueError: progress is NaN.
             TypeError: progress is not a number.
         """
-        if math.isnan(progress):
-            raise ValueError("report() takes a progress from 0 to 1, not NaN")
-        self._channel.progress(self.id, min(1.0, max(0.0, float(progress))), str(phase))
+        try:
+            if math.isnan(progress):
+                raise ValueError("report() takes a progress from 0 to 1, not NaN")
+            reached = min(1.0, max(0.0, float(progress)))
+        except OverflowError:  # an int that is larger than any float
+            reached = 1.0 if progress > 0 else 0.0
+        self._channel.progress(self.id, reached, str(phase))
         return self.stopped()
 
     def record(self, **values: Any) -> None:
@@ -119,3 +126,49 @@ def is_coroutine_function(fn: Any) -> bool:
         else:
             break
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
+
+
+def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A copy of parameters that shares no container with them: dicts, lists, tuples and sets are copied at every depth.
+
+    Other objects, arrays and instances of subclasses among them, are shared; copying those is not ours to do.
+    """
+    for value in parameters.values():
+        if type(value) not in _SCALARS:
+            break
+    else:
+        return parameters.copy()
+    memo: dict[int, Any] = {}
+    try:
+        return {key: _own(value, memo) for key, value in parameters.items()}
+    except RecursionError:  # nested deeper than Python counts: shared rather than refused
+        return parameters.copy()
+
+
+def _own(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a container. The same one twice, or within itself, stays the same one: ``memo`` has those met so far."""
+    kind = type(value)
+    if kind not in _CONTAINERS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is set:  # what is in it is hashable, so it does not change
+        memo[id(value)] = copy = value.copy()
+        return copy
+    if _SCALARS.issuperset(map(type, value.values() if kind is dict else value)):
+        memo[id(value)] = flat = value if kind is tuple else value.copy()
+        return flat
+    if kind is dict:
+        mapping: dict[Any, Any] = {}
+        memo[id(value)] = mapping
+        for key, one in value.items():
+            mapping[key] = _own(one, memo)
+        return mapping
+    if kind is list:
+        items: list[Any] = []
+        memo[id(value)] = items
+        items.extend(_own(one, memo) for one in value)
+        return items
+    parts = tuple(_own(one, memo) for one in value)
+    # A tuple that is in a list of its own was copied on the way.
+    return memo.setdefault(id(value), parts)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Progress, Recorded, Started
 from evalkit.backends.execution import LocalChannel, failed, identity
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import RunningJob
+from evalkit.running import RunningJob, own_copy
 
 __all__ = ["AsyncBackend"]
 
+_log = logging.getLogger("evalkit")
+
 _HOLD = 0.001  # seconds that the end of a job may wait for the ends of others
+_BRIEF = 0.0005  # seconds; where jobs take less, their starts may wait as well
 
 
 class AsyncBackend(Backend):
@@ -44,6 +49,7 @@ class AsyncBackend(Backend):
         self._events_since = 0.0
         self._running: dict[str, asyncio.Task[None]] = {}
         self._lanes: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     @abstractmethod
     async def execute(self, job: RunningJob) -> Any:
@@ -65,10 +71,10 @@ class AsyncBackend(Backend):
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self.run_function = run_function
         self._emit = emit
-        self._channel = LocalChannel(emit)
+        self._channel = _LoopChannel(emit, self._say)
         self._worker = identity("async-0")
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="evalkit-async", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="evalkit-async", daemon=True)
         self._thread.start()
         try:
             asyncio.run_coroutine_threadsafe(self.open(), self._loop).result()
@@ -112,10 +118,19 @@ class AsyncBackend(Backend):
             future.cancel()
 
     def _end_loop(self) -> None:
+        self._stopped = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
         if not self._thread.is_alive():
             self._loop.close()
+
+    def _serve(self) -> None:
+        """Run the loop until it is told to stop, though a task that exits (``sys.exit()``) breaks out of it."""
+        while not self._stopped:
+            try:
+                self._loop.run_forever()
+            except BaseException:  # noqa: BLE001 - the other jobs go on
+                _log.exception("a task of a job broke out of the event loop")
 
     # -- on the loop ----------------------------------------------------------------------------------------------
 
@@ -140,6 +155,7 @@ class AsyncBackend(Backend):
         me = asyncio.current_task()
         if me is None:
             return
+        brief = False
         while True:
             with self._lock:
                 if not self._tasks:
@@ -149,8 +165,10 @@ class AsyncBackend(Backend):
             self._running[job_id] = me
             start = time.time()
             self._note(Started(job_id, start, self._worker))
+            if not brief:  # it may keep the loop for a while, and its time counts from now
+                self._flush()
             try:
-                job = RunningJob(task.args.copy(), job_id, task.attempt, self._channel)
+                job = RunningJob(own_copy(task.args), job_id, task.attempt, self._channel)
                 output = await self.execute(job)
                 end: Event = Done(job_id, output, (start, time.time(), None, None), self._worker)
             except asyncio.CancelledError as exc:
@@ -166,6 +184,7 @@ class AsyncBackend(Backend):
             del self._running[job_id]
             self._channel.forget(job_id)
             self._note(end)
+            brief = time.time() - start < _BRIEF
 
     def _kill(self, job_id: str) -> None:
         """End a run now, whatever its coroutine makes of being cancelled; another lane takes the place of its own."""
@@ -176,6 +195,15 @@ class AsyncBackend(Backend):
             self._channel.forget(job_id)
             self._note(Failed(job_id, JobCause.LOST, ErrorInfo("Cancelled", "its coroutine was cancelled")))
             self._fill_lanes()
+
+    def _say(self, event: Event) -> None:
+        """What a job says is told at once, but after what came before; in a thread of the job, by way of the loop."""
+        if threading.get_ident() == self._thread.ident:
+            self._events.append(event)
+            self._flush()
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the job was given up
+                self._loop.call_soon_threadsafe(self._note, event)
 
     def _note(self, event: Event) -> None:
         """Tell of it with the others of this turn of the loop, and soon in any case."""
@@ -191,3 +219,17 @@ class AsyncBackend(Backend):
         if self._events:
             events, self._events = self._events, []
             self._emit(events)
+
+
+class _LoopChannel(LocalChannel):
+    """The channel of jobs on the loop: what they say goes the way of all their events, so that it keeps its place."""
+
+    def __init__(self, emit: Emit, say: Callable[[Event], None]) -> None:
+        super().__init__(emit)
+        self._say = say
+
+    def progress(self, job_id: str, progress: float, phase: str) -> None:
+        self._say(Progress(job_id, progress, phase))
+
+    def record(self, job_id: str, values: dict[str, Any]) -> None:
+        self._say(Recorded(job_id, values))

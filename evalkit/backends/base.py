@@ -36,7 +36,8 @@ class BackendSpec:
 
     Attributes:
         name: what users write as ``method``.
-        target: ``"package.module:Class"``, a :class:`Backend`. The keyword-only parameters of its ``__init__`` are the options
+        target: ``"package.module:Class"``, a :class:`Backend`. The keyword-only parameters of its ``__init__`` are
+            the options
             that users may give; everything else is refused before anything starts.
         install: the command that installs what it needs.
         summary: one line for ``evalkit plugins``.
@@ -53,7 +54,8 @@ class Capabilities:
     """What a backend can do. What it cannot is said and answered in a documented way, never ignored.
 
     Attributes:
-        kills_running: a running job can be ended against its will. Without it, a job past its time is abandoned: it counts as
+        kills_running: a running job can be ended against its will. Without it, a job past its time is abandoned: it
+            counts as
             ended, and what it still does is ignored.
         isolates_crashes: a job that takes its process down takes no other job along.
         same_memory: jobs run in this process; what they change, others see.
@@ -73,13 +75,15 @@ class Capabilities:
 class Backend(ABC):
     """Where jobs run. It knows nothing of storage, callbacks or searches.
 
-    The evaluator calls ``start`` once, then ``dispatch`` and ``cancel`` from any thread (``dispatch`` never twice at a time),
-    then ``stop`` once. None of them may wait for a job, except ``stop`` for its grace. What happens is told through ``emit``,
-    from whatever thread, but never while holding a lock that ``dispatch`` or ``cancel`` takes: ``emit`` may call them.
+    The evaluator calls ``start`` once, then ``dispatch`` and ``cancel`` from any thread (``dispatch`` never twice at
+    a time), then ``stop`` once. None of them may wait for a job, except ``stop`` for its grace. What happens is told
+    through ``emit``, from whatever thread, but never while holding a lock that ``dispatch`` or ``cancel`` takes:
+    ``emit`` may call them.
 
     What a backend guarantees, and :class:`evalkit.testing.BackendSuite` checks:
 
-    - Every task that was dispatched ends by exactly one of ``Done``, ``Failed``, ``Cancelled`` and ``Lost``, unless ``stop``
+    - Every task that was dispatched ends by exactly one of ``Done``, ``Failed``, ``Cancelled`` and ``Lost``, unless
+      ``stop``
       comes first. After that, nothing more is emitted for that run.
     - ``Started`` comes before the end of every run, and at the time it starts.
     - Events of one job are emitted in order.
@@ -124,8 +128,8 @@ class Backend(ABC):
     def cancel(self, job_id: str, kill: bool) -> None:
         """Get rid of a task. What is unknown, or has ended, is ignored.
 
-        A task that has not started is dropped, with ``Cancelled``. A running one is asked to stop; with ``kill`` it is ended
-        now, or abandoned where the engine cannot kill, with ``Failed`` soon either way.
+        A task that has not started is dropped, with ``Cancelled``. A running one is asked to stop; with ``kill`` it
+        is ended now, or abandoned where the engine cannot kill, with ``Failed`` soon either way.
         """
 
     def step(self, limit: int, timeout: float | None) -> bool:

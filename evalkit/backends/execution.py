@@ -19,6 +19,7 @@ from evalkit.running import RunningJob
 
 __all__ = ["LocalChannel", "describe", "failed", "identity", "peak_rss", "run"]
 
+_SHORT = 0.001  # seconds; the peak memory is not asked for after jobs that take less
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -68,8 +69,22 @@ def run(function: RunFunction, job: RunningJob, worker: WorkerIdentity) -> Done 
     try:
         output = function(job)
     except BaseException as exc:  # noqa: BLE001 - a failed job is a result
-        return failed(job.id, exc, (start, time.time(), time.thread_time() - cpu, peak_rss()), worker)
-    return Done(job.id, output, (start, time.time(), time.thread_time() - cpu, peak_rss()), worker)
+        return failed(job.id, exc, _measured(start, cpu), worker)
+    return Done(job.id, output, _measured(start, cpu), worker)
+
+
+class _Peak:
+    """The peak memory as it was last asked for: asking takes longer than a short job, which cannot have moved it far."""
+
+    value = 0
+
+
+def _measured(start: float, cpu: float) -> Measured:
+    cpu = time.thread_time() - cpu
+    end = time.time()
+    if end - start >= _SHORT or not _Peak.value:
+        _Peak.value = peak_rss()
+    return (start, end, cpu, _Peak.value)
 
 
 class LocalChannel:

@@ -18,7 +18,7 @@ from evalkit.backends.execution import LocalChannel, describe, failed, identity,
 from evalkit.backends.serialization import dumps, explain, loads
 from evalkit.errors import BackendError, SerializationError
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import RunningJob, is_coroutine_function
+from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
 __all__ = ["ExecutorBackend"]
 
@@ -156,7 +156,7 @@ class ExecutorBackend(Backend):
             return None
         same_memory = self.capabilities.same_memory
         try:
-            args = task.args.copy() if same_memory else dumps(task.args, "args", in_band=True)[0]
+            args = own_copy(task.args) if same_memory else dumps(task.args, "args", in_band=True)[0]
         except SerializationError as exc:
             events.append(failed(task.id, exc, None, None))
             return None

@@ -14,11 +14,20 @@ from evalkit.backends.asynchronous import AsyncBackend
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Event, Started
 from evalkit.backends.execution import LocalChannel, failed, identity, run
-from evalkit.running import RunningJob, is_coroutine_function
+from evalkit.running import RunningJob, is_coroutine_function, own_copy
+
+try:  # the same without conversion to enums, which takes ten times as long as all the rest, and twice for each job
+    from _signal import getsignal as _get_handler
+    from _signal import signal as _set_handler
+except ImportError:  # another Python
+    from signal import getsignal as _get_handler
+    from signal import signal as _set_handler
 
 __all__ = ["SerialBackend"]
 
 _HOLD = 0.002  # seconds after which a step comes back to see what is wanted
+
+_SIGINT = int(signal.SIGINT)
 
 
 class SerialBackend(Backend):
@@ -128,7 +137,7 @@ class _Inline(Backend):
     def step(self, limit: int, timeout: float | None) -> bool:
         if not self._order:
             return False
-        if not self._busy.acquire(timeout=-1 if timeout is None else timeout):
+        if not self._busy.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
             return True  # another thread runs what there is
         try:
             return self._run_some(limit)
@@ -161,7 +170,7 @@ class _Inline(Backend):
     def _run(self, task: Task) -> Event:
         if self._unfit is not None:
             return failed(task.id, self._unfit, None, self._worker)
-        job = RunningJob(task.args.copy(), task.id, task.attempt, self._channel, self._state)
+        job = RunningJob(own_copy(task.args), task.id, task.attempt, self._channel, self._state)
         end = run(self._function, job, self._worker)
         self._channel.forget(task.id)
         return end
@@ -174,22 +183,24 @@ class _Inline(Backend):
 class _Interrupts:
     """Tells Ctrl-C from a run function that raises KeyboardInterrupt: the one ends the program, the other the job."""
 
+    __slots__ = ("_mine", "seen")
+
     def __init__(self) -> None:
         self.seen = False
         self._mine = False
 
     def __enter__(self) -> _Interrupts:
         if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            _get_handler(_SIGINT) is signal.default_int_handler
+            and threading.current_thread() is threading.main_thread()
         ):
             self._mine = True
-            signal.signal(signal.SIGINT, self._handle)
+            _set_handler(_SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _set_handler(_SIGINT, signal.default_int_handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.seen = True

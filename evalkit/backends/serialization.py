@@ -121,7 +121,8 @@ def explain(value: Any, name: str, exc: BaseException) -> SerializationError:
         said = "<its message cannot be shown>"
     kind = type(culprit).__qualname__
     return SerializationError(
-        f"{path} ({kind}) cannot be pickled, so it cannot travel to or from a worker: {type(exc).__name__}: {said}", path
+        f"{path} ({kind}) cannot be pickled, so it cannot travel to or from a worker: {type(exc).__name__}: {said}",
+        path,
     )
 
 

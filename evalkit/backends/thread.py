@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import warnings
@@ -14,9 +15,11 @@ from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
 from evalkit.backends.execution import LocalChannel, failed, identity, run
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import RunningJob, is_coroutine_function
+from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
 __all__ = ["ThreadBackend"]
+
+_log = logging.getLogger("evalkit")
 
 
 class ThreadBackend(Backend):
@@ -83,14 +86,16 @@ class ThreadBackend(Backend):
         with self._lock:
             self._add_thread()
             warn, self._warned = not self._warned, True
-        if warn:
-            warnings.warn(
-                f"job {job_id} did not stop when asked; a thread cannot be killed, so it was abandoned and may go on in the "
-                "background. method='process' ends such jobs for real.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
         self._emit([Failed(job_id, JobCause.LOST, ErrorInfo("Abandoned", "the thread it runs in was abandoned"))])
+        if warn:
+            text = (
+                f"job {job_id} did not stop when asked; a thread cannot be killed, so it was abandoned and may go on in the "
+                "background. method='process' ends such jobs for real."
+            )
+            try:
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            except RuntimeWarning:  # warnings are errors here, and nobody is there to catch this one
+                _log.warning("%s", text)
 
     def stop(self, grace: float) -> None:
         deadline = time.monotonic() + grace
@@ -118,10 +123,19 @@ class ThreadBackend(Backend):
                 unfit = exc
         function = self._function
         if self._is_async:
-            coroutine_function, runner = function, asyncio.Runner()
+            coroutine_function = function
 
             def function(job: RunningJob) -> Any:
-                return runner.run(coroutine_function(job))
+                nonlocal runner
+                if runner is None:
+                    runner = asyncio.Runner()
+                try:
+                    return runner.run(coroutine_function(job))
+                except (SystemExit, KeyboardInterrupt):
+                    # One of its tasks broke out of the loop; what it left there must not go on under the next job.
+                    broken, runner = runner, None
+                    broken.close()
+                    raise
 
         events: list[Event] = []
         try:
@@ -141,7 +155,7 @@ class ThreadBackend(Backend):
                 self._emit(events)
                 events = []
                 if unfit is None:
-                    job = RunningJob(task.args.copy(), job_id, task.attempt, self._channel, state)
+                    job = RunningJob(own_copy(task.args), job_id, task.attempt, self._channel, state)
                     end: Done | Failed = run(function, job, worker)
                 else:
                     end = failed(job_id, unfit, None, worker)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +17,14 @@ _log = logging.getLogger("evalkit")
 
 
 class Clock:
-    """Calls functions when they are due. A call that is due does not wait for the one before it longer than that runs."""
+    """Calls functions when they are due, one after the other: what may take long is for a clock of its own.
 
-    def __init__(self) -> None:
+    Args:
+        name: of its thread.
+    """
+
+    def __init__(self, name: str = "evalkit-clock") -> None:
+        self._name = name
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
         self._changed = threading.Condition()
@@ -26,14 +32,19 @@ class Clock:
         self._closed = False
 
     def call_later(self, delay: float, function: Callable[..., None], *args: Any) -> None:
-        """Have ``function(*args)`` called after ``delay`` seconds; after :meth:`close` nothing is called."""
+        """Have ``function(*args)`` called after ``delay`` seconds, ``math.inf`` being never.
+
+        After :meth:`close` nothing is called.
+        """
+        if delay == math.inf:
+            return
         entry = (time.monotonic() + delay, next(self._order), function, args)
         with self._changed:
             if self._closed:
                 return
             heapq.heappush(self._heap, entry)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="evalkit-clock", daemon=True)
+                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
             elif self._heap[0] is entry:
                 self._changed.notify()
@@ -51,11 +62,12 @@ class Clock:
         while True:
             with self._changed:
                 while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
-                    self._changed.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
+                    left = self._heap[0][0] - time.monotonic() if self._heap else math.inf
+                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
                 if self._closed:
                     return
                 _, _, function, args = heapq.heappop(self._heap)
             try:
                 function(*args)
-            except Exception:
+            except BaseException:  # noqa: BLE001 - the clock goes on, whatever it calls
                 _log.exception("a timed call failed: %r", function)

@@ -88,22 +88,26 @@ class Notifier:
 
     def _call_waiting(self) -> None:
         """Take the calls that wait, until none is left; one thread at a time."""
-        with self._changed:
-            if self._busy is not None:
-                return
-            self._busy = threading.get_ident()
-        try:
-            while self._queue:
-                method, subject = self._queue.popleft()
-                for callback in self._callbacks:
-                    self._call(getattr(callback, method), subject)
-        finally:
+        while self._queue:
             with self._changed:
-                self._busy = None
-                self._changed.notify_all()
+                if self._busy is not None:
+                    return
+                self._busy = threading.get_ident()
+            try:
+                while self._queue:
+                    method, subject = self._queue.popleft()
+                    for callback in self._callbacks:
+                        self._call(getattr(callback, method), subject)
+            finally:
+                with self._changed:
+                    self._busy = None
+                    self._changed.notify_all()
 
     def _call(self, method: Callable[..., None], subject: Any) -> None:
         try:
             method() if subject is None else method(subject)
-        except Exception:
+        except BaseException as exc:
+            # In the thread that gathers, Ctrl-C is for who gathers; all else, SystemExit included, ends the callback alone.
+            if self.inline and isinstance(exc, KeyboardInterrupt):
+                raise
             _log.exception("callback %s failed in %s", type(method.__self__).__name__, method.__name__)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from evalkit.engine.clock import Clock
 from evalkit.errors import StorageError, StorageUnavailableError
-from evalkit.job import Job
+from evalkit.job import TERMINAL_STATES, Job
 from evalkit.storage.base import JobUpdate, Storage
 
 __all__ = ["Recorder"]
@@ -35,16 +35,16 @@ class Recorder:
         self._clock = clock
         self._lock = threading.Lock()
         self._writing = threading.Lock()
-        self._dirty: dict[str, Job] = {}
+        self._dirty: dict[str, tuple[Job, bool]] = {}  # and whether it had ended when it was noted
         self._scheduled = False
         self._last_duration = 0.0
         self._patience = _PATIENCE
 
     def note(self, jobs: Iterable[Job]) -> None:
-        """These jobs have changed; cheap enough for every event."""
+        """These jobs have changed; cheap enough for every event. The end of a job is noted once, after it came."""
         with self._lock:
             for job in jobs:
-                self._dirty[job.id] = job
+                self._dirty[job.id] = (job, job.is_complete)
             if self._scheduled or not self._storage.durable or not self._dirty:
                 return
             self._scheduled = True
@@ -57,11 +57,13 @@ class Recorder:
             StorageUnavailableError: the storage has been away for too long; what was noted is kept.
         """
         delay = _FIRST_BACKOFF
-        deadline = time.monotonic() + self._patience
+        deadline: float | None = None
         while True:
             try:
                 self._write()
             except StorageUnavailableError:
+                if deadline is None:
+                    deadline = time.monotonic() + self._patience
                 if time.monotonic() + delay > deadline:
                     raise
                 _log.warning("the storage is not available; trying again in %.2g s", delay, exc_info=True)
@@ -88,11 +90,13 @@ class Recorder:
                 return
             start = time.monotonic()
             try:
-                jobs = list(dirty.values())
-                for first in range(0, len(jobs), _SLICE):
-                    part = jobs[first : first + _SLICE]
-                    self._write_some([_update(job) for job in part])
-                    for job in part:
+                noted = list(dirty.values())
+                for first in range(0, len(noted), _SLICE):
+                    part = noted[first : first + _SLICE]
+                    updates = [update for job, ended in part if (update := _update(job, ended)) is not None]
+                    if updates:
+                        self._write_some(updates)
+                    for job, _ in part:
                         del dirty[job.id]
             except BaseException:
                 with self._lock:
@@ -119,9 +123,14 @@ class Recorder:
                 _log.error("job %s cannot be recorded: %s", update.id, exc)  # noqa: TRY400 - one line is enough
 
 
-def _update(job: Job) -> JobUpdate:
-    """All of a job as it is now. The state is read first: once it is terminal, all the rest is final."""
+def _update(job: Job, ended: bool) -> JobUpdate | None:
+    """All of a job as it is now. The state is read first: once it is terminal, all the rest is final.
+
+    None if it has ended since it was noted: its end is about to be noted as well, and a record takes only one end.
+    """
     state = job.state
+    if not ended and state in TERMINAL_STATES:
+        return None
     records = job.records
     return JobUpdate(
         job.id,

@@ -233,8 +233,7 @@ class _Worker:
             if os.getpid() != self._pid:
                 os._exit(0)  # the user's function forked, and this is the child
             kind, value = Kind.DONE, output
-        except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit and KeyboardInterrupt
-        included
+        except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit too
             if os.getpid() != self._pid:
                 os._exit(1)
             kind, value = Kind.FAILED, describe(exc)
