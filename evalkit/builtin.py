@@ -20,8 +20,8 @@ KNOWN_STORAGES: Mapping[str, str] = {"redis": "pip install evalkit-redis", "redi
 @hookimpl
 def evalkit_backends() -> Sequence[BackendSpec]:
     return [
-        BackendSpec("serial", "evalkit.backends.serial:SerialBackend", summary="in this thread, or on one asyncio
-        loop"), BackendSpec("thread", "evalkit.backends.thread:ThreadBackend", summary="threads of this process"),
+        BackendSpec("serial", "evalkit.backends.serial:SerialBackend", summary="in this thread, or on an asyncio loop"),
+        BackendSpec("thread", "evalkit.backends.thread:ThreadBackend", summary="threads of this process"),
         BackendSpec("process", "evalkit.backends.process.pool:ProcessBackend", summary="supervised worker processes"),
     ]
 

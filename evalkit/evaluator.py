@@ -67,8 +67,9 @@ _open: weakref.WeakSet[Evaluator] = weakref.WeakSet()
 class Evaluator:
     """Runs a function over parameters, on any backend: submit, gather, close.
 
-    Made by :meth:`create`. Every method may be called from any thread, also from within a running event loop: nothing runs on
-    the caller's loop. A failed job is a result, not an exception: ``gather`` never raises because a run function failed.
+    Made by :meth:`create`. Every method may be called from any thread, also from within a running event loop: nothing
+    runs on the caller's loop. A failed job is a result, not an exception: ``gather`` never raises because a run
+    function failed.
 
     Args:
         run_function: called as ``run_function(job)`` with a :class:`evalkit.RunningJob`; ``def`` or ``async def``.
@@ -167,11 +168,12 @@ class Evaluator:
         Args:
             run_function: called as ``run_function(job)``.
             method: the name of the backend: serial, thread, process, or that of a plugin.
-            method_kwargs: ``num_workers`` (default 1), the other arguments of :class:`Evaluator`, and the options of the backend.
+            method_kwargs: ``num_workers`` (default 1), the other arguments of :class:`Evaluator`, and the options of
+                the backend.
 
         Raises:
-            ValueError: an unknown method or keyword (names the close match, or the line that installs a known plugin), or a
-                value that makes no sense.
+            ValueError: an unknown method or keyword (names the close match, or the line that installs a known plugin),
+                or a value that makes no sense.
             TypeError: the run function is not callable, or a keyword has the wrong type.
             StorageError: the storage cannot be opened, or has no search of that id.
             BackendError: the engine cannot start.
@@ -202,8 +204,9 @@ class Evaluator:
     def submit(self, args_list: Iterable[Mapping[str, Any]]) -> list[Job]:
         """Submit one job for each mapping of parameters. Returns at once, from any thread.
 
-        A lazy iterable is drawn as it goes, and its first jobs run while it still produces. A list is all or nothing: one entry
-        that is not a mapping, or a maximum that it would pass, and nothing of it is submitted. Parameters are copied.
+        A lazy iterable is drawn as it goes, and its first jobs run while it still produces. A list is all or nothing:
+        one entry that is not a mapping, or a maximum that it would pass, and nothing of it is submitted. Parameters are
+        copied.
 
         Args:
             args_list: any iterable of mappings, with strings as keys.
@@ -275,8 +278,8 @@ class Evaluator:
         """Wait for jobs and return them: each job exactly once, whoever gathers.
 
         Args:
-            type: ``"ALL"``: every job that is out at the time of the call, in the order of submission. ``"BATCH"``: at least
-                ``size`` jobs, and whatever else has finished, in the order in which they ended.
+            type: ``"ALL"``: every job that is out at the time of the call, in the order of submission. ``"BATCH"``: at
+                least ``size`` jobs, and whatever else has finished, in the order in which they ended.
             size: clamped to what is out, with a warning; at least 1.
 
         Returns:
@@ -361,7 +364,8 @@ class Evaluator:
     def timeout(self) -> float | None:
         """The budget of the search, in seconds from when it was set; None for no limit.
 
-        When it is over, nothing more can be submitted, what waits is cancelled, and what runs is asked to stop, then ended.
+        When it is over, nothing more can be submitted, what waits is cancelled, and what runs is asked to stop, then
+        ended.
         """
         return self._timeout
 
@@ -393,14 +397,14 @@ class Evaluator:
         return math.inf if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def set_maximum_num_jobs_submitted(self, n: int | None) -> None:
-        """Let no more than ``n`` jobs be submitted in all; the submit that would pass it raises. None takes the limit away."""
+        """Let at most ``n`` jobs be submitted in all; the submit that would pass it raises. None is no limit."""
         if n is not None and (not is_int(n) or n < 0):
             raise ValueError(f"the maximum number of jobs is an int of at least 0, or None, not {n!r}")
         with self._submitting:
             self._maximum = n
 
     def stop(self, reason: str) -> None:
-        """Take nothing more in, cancel what waits, ask what runs to stop, then end it. ``gather`` returns all of them."""
+        """Take nothing more in, cancel what waits, ask what runs to stop, then end it. ``gather`` returns them all."""
         with self._ending:
             if self._stop_reason is not None:
                 return
@@ -556,5 +560,7 @@ os.register_at_fork(after_in_child=_disown_all)
 def _job_of(record: JobRecord) -> Job:
     """A job that ended elsewhere, as a handle."""
     job = Job(record.id, record.args, number=record.number)
-    job.restore(record.state, record.output, record.error, record.cause, record.attempt, record.records, record.metadata)
+    job.restore(
+        record.state, record.output, record.error, record.cause, record.attempt, record.records, record.metadata
+    )
     return job

@@ -62,7 +62,8 @@ class JobOwner(Protocol):
 class Job:
     """One evaluation: a live handle, the same object from ``submit`` to ``gather``.
 
-    Reading it is safe from any thread. The evaluator that owns it is the only one to call the methods of the last section.
+    Reading it is safe from any thread. The evaluator that owns it is the only one to call the methods of the last
+    section.
 
     Attributes:
         id: ``"<search>.<number>"``.
@@ -115,7 +116,13 @@ class Job:
         self._callbacks: list[Callable[[Job], None]] | None = None
 
     def __repr__(self) -> str:
-        end = f", error={self.error}" if self.error is not None else f", output={self.output!r}" if self.is_complete else ""
+        end = (
+            f", error={self.error}"
+            if self.error is not None
+            else f", output={self.output!r}"
+            if self.is_complete
+            else ""
+        )
         return f"Job({self.id!r}, {self._state.value}, args={self.args!r}{end})"
 
     # -- what there is to read ------------------------------------------------------------------------------------
@@ -250,7 +257,9 @@ class Job:
 
     def _check_transition(self, state: JobState) -> None:
         if state not in LEGAL_TRANSITIONS[self._state]:
-            raise IllegalTransitionError(f"job {self.id}: {self._state.value} -> {state.value} is not a legal transition")
+            raise IllegalTransitionError(
+                f"job {self.id}: {self._state.value} -> {state.value} is not a legal transition"
+            )
 
     def start(self, timestamp: float) -> None:
         """It runs, since ``timestamp`` (seconds on the owner's clock)."""

@@ -184,8 +184,8 @@ class Plugins:
             known = table.known.get(name, "")
             if broken.origin.name == name or known.endswith(f" {broken.origin.distribution}"):
                 raise BrokenPluginError(
-                    f"the {table.kind} {name!r} comes from the plugin {broken.origin.name} ({broken.origin.distribution} "
-                    f"{broken.origin.version}), which does not load: {broken.reason}",
+                    f"the {table.kind} {name!r} comes from the plugin {broken.origin.name} "
+                    f"({broken.origin.distribution} {broken.origin.version}), which does not load: {broken.reason}",
                     name,
                 )
         if name in table.known:
@@ -193,7 +193,8 @@ class Plugins:
         candidates = sorted({*table.specs, *table.known})
         hint = "".join(f"; the plugin {broken.origin.name} does not load ({broken.reason})" for broken in self.broken)
         raise UnknownPluginError(
-            f"no {table.kind} is called {name!r}{close_match(name, candidates)}; there are: {', '.join(candidates)}{hint}",
+            f"no {table.kind} is called {name!r}{close_match(name, candidates)}; "
+            f"there are: {', '.join(candidates)}{hint}",
             name,
         )
 

@@ -146,7 +146,7 @@ def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a container. The same one twice, or within itself, stays the same one: ``memo`` has those met so far."""
+    """A copy of a container. The same one twice, or within itself, stays one: ``memo`` has those met so far."""
     kind = type(value)
     if kind not in _CONTAINERS:
         return value

@@ -22,6 +22,7 @@ import pytest
 from evalkit import Callback, Evaluator, Job, JobState, RetryPolicy, RunningJob, call_with_kwargs
 from evalkit.backends.thread import ThreadBackend
 from evalkit.engine import recorder
+from evalkit.engine.clock import Clock
 from evalkit.errors import (
     EvaluatorClosedError,
     GatherInCallbackError,
@@ -411,6 +412,78 @@ def test_parameters_are_the_jobs_own_from_submit_on(files: Files) -> None:
         assert [job.args["deep"]["a"][1] for job in jobs] == [[2], [2, 0], [2, 0, 1]]
 
 
+@pytest.mark.parametrize("method", ["serial", "thread", "process"])
+@pytest.mark.parametrize("coroutine", [False, True])
+def test_what_a_run_function_does_to_its_parameters_stays_with_it(method: str, coroutine: bool) -> None:
+    function = functions.Coroutine(_spoil) if coroutine else _spoil
+    given: dict[str, Any] = {"x": [0], "deep": {"a": [1]}}
+    with Evaluator.create(function, method) as evaluator:
+        (job,) = evaluator.submit([given])
+        evaluator.gather("ALL")
+        assert job.output == [0, 9]
+        assert job.args == given == {"x": [0], "deep": {"a": [1]}}
+
+
+def _spoil(job: RunningJob) -> Any:
+    job["x"].append(9)
+    job["deep"]["a"].clear()
+    return job["x"]
+
+
+def test_no_job_of_a_slow_generator_waits_for_the_next(files: Files) -> None:
+    with Evaluator.create(hold, "thread") as evaluator:
+
+        def produce() -> Iterator[dict[str, Any]]:
+            for name in ("a", "b", "c"):
+                yield files.holder(name)
+                files.release(name)
+                files.wait_started(name)
+
+        assert len(in_background(lambda: evaluator.submit(produce())).result(BOUND)) == 3
+        assert len(evaluator.gather("ALL")) == 3
+
+
+@pytest.mark.parametrize("how", ["stop", "close", "timeout"])
+def test_jobs_that_are_created_while_the_search_ends_leave_no_record_that_waits(how: str) -> None:
+    creating, ended = threading.Event(), threading.Event()
+
+    class _Slow(MemoryStorage):
+        def create_jobs(self, *args: Any, **kwargs: Any) -> list[str]:
+            ids = super().create_jobs(*args, **kwargs)
+            creating.set()
+            ended.wait(BOUND)
+            return ids
+
+    storage = _Slow()
+    with Evaluator.create(echo, "thread", {"storage": storage}) as evaluator:
+        submitting = in_background(evaluator.submit, [{"x": 1}, {"x": 2}])
+        assert creating.wait(BOUND)
+        if how == "timeout":
+            evaluator.timeout = 0.01
+            eventually(lambda: evaluator._scheduler._closed_because, "the end of the time")
+        elif how == "stop":
+            evaluator.stop("enough")
+        else:
+            closing = in_background(evaluator.close)
+            eventually(lambda: evaluator._scheduler._closed_because, "the end")
+        ended.set()
+        with pytest.raises(EvaluatorClosedError if how == "close" else SearchStoppedError):
+            submitting.result(BOUND)
+        assert evaluator.num_jobs_submitted == 0
+        if how == "close":
+            closing.result(BOUND)
+    assert [record.state for record in storage.load_jobs(evaluator.search_id)] == [JobState.CANCELLED] * 2
+
+
+def test_a_thousand_executes_on_serial() -> None:
+    async def main() -> list[Job]:
+        with Evaluator.create(echo, "serial") as evaluator:
+            return list(await asyncio.gather(*(evaluator.execute({"x": x}) for x in range(1000))))
+
+    jobs = in_background(asyncio.run, main()).result(BOUND)
+    assert [job.output for job in jobs] == list(range(1000))
+
+
 def test_many_executes_leave_the_loops_threads_alone(files: Files) -> None:
     async def main() -> int:
         with Evaluator.create(hold, "thread", {"num_workers": 2}) as evaluator:
@@ -647,6 +720,22 @@ def test_a_slow_storage_does_not_hold_up_timeouts(files: Files) -> None:
         finally:
             done.set()
         evaluator.gather("ALL")
+
+
+def test_a_job_that_ends_while_its_start_is_written_is_recorded_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The recorder takes what was noted, the job ends before it is read, and its end is noted only then."""
+    storage, clock = MemoryStorage(), Clock()
+    written = recorder.Recorder(storage, clock)
+    job = Job(storage.create_jobs(storage.create_search(), [{}])[0], {})
+    job.start(1.0)
+    written.note([job])
+    job.finish(JobState.DONE, output=1)
+    written.flush()
+    written.note([job])
+    written.flush()
+    written.flush()
+    assert storage.load_jobs("0")[0].output == 1
+    assert caplog.text == ""
 
 
 # -- callbacks --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
@@ -179,6 +180,33 @@ def test_callbacks_of_the_end_are_handed_out_once() -> None:
     for callback in job.finish(JobState.DONE):
         callback(job)
     assert seen == [job]
+
+
+def test_who_asks_after_the_end_is_called_at_once() -> None:
+    job = job_in(JobState.DONE)
+    seen: list[Job] = []
+    job.when_complete(seen.append)
+    assert seen == [job]
+
+
+def test_callbacks_that_race_with_the_end_are_called_exactly_once() -> None:
+    for _ in range(200):
+        job = job_in(JobState.RUNNING)
+        seen: list[Job] = []
+        together = threading.Barrier(2)
+
+        def register(job: Job = job, seen: list[Job] = seen, together: threading.Barrier = together) -> None:
+            together.wait()
+            for _ in range(5):
+                job.when_complete(seen.append)
+
+        thread = threading.Thread(target=register)
+        thread.start()
+        together.wait()
+        for callback in job.finish(JobState.DONE):
+            callback(job)
+        thread.join()
+        assert len(seen) == 5
 
 
 # -- objectives -------------------------------------------------------------------------------------------------------

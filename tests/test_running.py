@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from evalkit import RunningJob, call_with_kwargs
-from evalkit.running import is_coroutine_function
+from evalkit.running import is_coroutine_function, own_copy
 from evalkit.testing import functions
 
 
@@ -139,3 +139,39 @@ class _AsyncCallable:
 )
 def test_which_functions_are_coroutine_functions(function: Any, answer: bool) -> None:
     assert is_coroutine_function(function) is answer
+
+
+def test_a_copy_of_parameters_shares_no_container() -> None:
+    inner = [1, {"a": {2}}]
+    given = {"x": 1, "list": inner, "tuple": (inner, 3), "dict": {"deep": [[inner]]}, "flat": [1, 2.0, None]}
+    copy = own_copy(given)
+    assert copy == given
+    inner[1]["a"].add(4)  # type: ignore[index]
+    inner.append(5)
+    given["flat"].append(6)  # type: ignore[attr-defined]
+    assert copy["list"] == [1, {"a": {2}}] == copy["tuple"][0] == copy["dict"]["deep"][0][0]
+    assert copy["list"] is copy["tuple"][0], "what was one is one"
+    assert copy["flat"] == [1, 2.0, None]
+
+
+def test_a_copy_of_parameters_leaves_other_objects_alone() -> None:
+    class _Config(dict[str, Any]):
+        pass
+
+    config, thing = _Config(a=[1]), object()
+    copy = own_copy({"config": config, "things": [thing]})
+    assert copy["config"] is config
+    assert copy["things"][0] is thing
+
+
+def test_a_copy_of_parameters_without_an_end() -> None:
+    loop: list[Any] = [1]
+    loop.append((loop, {"loop": loop}))
+    copy = own_copy({"loop": loop})["loop"]
+    assert copy is not loop
+    assert copy[1][0] is copy
+    assert copy[1][1]["loop"] is copy
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert own_copy({"deep": deep})["deep"] is deep, "deeper than can be followed: shared"

@@ -1,4 +1,4 @@
-"""AsyncBackend: the door for engines that are spoken to with ``async``: HTTP services, batch systems, shell commands."""
+"""AsyncBackend: the door for engines that are spoken to with ``async``, as services and batch systems are."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class AsyncBackend(Backend):
     """A backend of which an author writes ``async def execute(self, job)``; all the rest is here.
 
     ``execute`` runs on one private loop thread, at most ``num_workers`` times at once. Being cancelled
-    (``asyncio.CancelledError``) is how a job is killed: let go of what it uses, and raise it on. ``open`` and ``shut`` may be
-    overridden to hold a session; both run on the loop.
+    (``asyncio.CancelledError``) is how a job is killed: let go of what it uses, and raise it on. ``open`` and ``shut``
+    may be overridden to hold a session; both run on the loop.
 
     Attributes:
         run_function: the user's function, for a backend that runs it or ships it.

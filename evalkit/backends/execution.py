@@ -30,7 +30,7 @@ def peak_rss() -> int:
 
 
 def identity(name: str) -> WorkerIdentity:
-    """This process, under the name of a worker."""
+    """The present process, under the name of a worker."""
     return WorkerIdentity(socket.gethostname(), os.getpid(), name)
 
 
@@ -74,7 +74,7 @@ def run(function: RunFunction, job: RunningJob, worker: WorkerIdentity) -> Done 
 
 
 class _Peak:
-    """The peak memory as it was last asked for: asking takes longer than a short job, which cannot have moved it far."""
+    """The peak memory as it was last asked for: asking takes longer than a short job, which hardly moves it."""
 
     value = 0
 

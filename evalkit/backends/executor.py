@@ -26,10 +26,11 @@ __all__ = ["ExecutorBackend"]
 class ExecutorBackend(Backend):
     """A backend of which an author writes ``make_executor()``; all the rest is here.
 
-    Functions, arguments and outputs travel as evalkit's own pickles (by value where they cannot be imported), unless the
-    workers share this process' memory (``capabilities.same_memory``). An executor cannot end a running job: one that is to be
-    killed is abandoned, and keeps its worker until it returns. When an executor breaks (``BrokenExecutor``), another is made,
-    and the jobs that were in it run again one at a time, so that the one that breaks it is known and the others finish.
+    Functions, arguments and outputs travel as evalkit's own pickles (by value where they cannot be imported), unless
+    the workers share this process' memory (``capabilities.same_memory``). An executor cannot end a running job: one
+    that is to be killed is abandoned, and keeps its worker until it returns. When an executor breaks
+    (``BrokenExecutor``), another is made, and the jobs that were in it run again one at a time, so that the one that
+    breaks it is known and the others finish.
     """
 
     capabilities = Capabilities(by_value=True)
@@ -258,7 +259,9 @@ def _call(function: RunFunction, job: RunningJob) -> Any:
     return asyncio.run(function(job)) if is_coroutine_function(function) else function(job)
 
 
-def _run_here(function: RunFunction, channel: LocalChannel, job_id: str, attempt: int, args: dict[str, Any]) -> list[Event]:
+def _run_here(
+    function: RunFunction, channel: LocalChannel, job_id: str, attempt: int, args: dict[str, Any]
+) -> list[Event]:
     job = RunningJob(args, job_id, attempt, channel)
     return [run(partial(_call, function), job, identity(threading.current_thread().name))]
 

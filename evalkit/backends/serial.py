@@ -17,7 +17,7 @@ from evalkit.backends.execution import LocalChannel, failed, identity, run
 from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
 try:  # the same without conversion to enums, which takes ten times as long as all the rest, and twice for each job
-    from _signal import getsignal as _get_handler
+    from _signal import getsignal as _get_handler  # type: ignore[import-not-found]
     from _signal import signal as _set_handler
 except ImportError:  # another Python
     from signal import getsignal as _get_handler
@@ -31,8 +31,8 @@ _SIGINT = int(signal.SIGINT)
 
 
 class SerialBackend(Backend):
-    """A plain function runs in the thread that gathers, in order, so a debugger works; a coroutine function runs on one private
-    loop thread, ``num_workers`` at a time.
+    """A plain function runs in the thread that gathers, in order, so a debugger works; a coroutine function runs on one
+    private loop thread, ``num_workers`` at a time.
 
     A plain function cannot be interrupted: that its ``job_timeout`` has passed is noticed when it returns.
 

@@ -25,8 +25,8 @@ _log = logging.getLogger("evalkit")
 class ThreadBackend(Backend):
     """Jobs in threads of this process.
 
-    Python cannot end a thread. A job that is to be killed is abandoned: it counts as ended, another thread takes its place, and
-    what it still does is ignored.
+    Python cannot end a thread. A job that is to be killed is abandoned: it counts as ended, another thread takes its
+    place, and what it still does is ignored.
 
     Args:
         num_workers: how many threads.
@@ -89,8 +89,8 @@ class ThreadBackend(Backend):
         self._emit([Failed(job_id, JobCause.LOST, ErrorInfo("Abandoned", "the thread it runs in was abandoned"))])
         if warn:
             text = (
-                f"job {job_id} did not stop when asked; a thread cannot be killed, so it was abandoned and may go on in the "
-                "background. method='process' ends such jobs for real."
+                f"job {job_id} did not stop when asked; a thread cannot be killed, so it was abandoned and may go on "
+                "in the background. method='process' ends such jobs for real."
             )
             try:
                 warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -16,8 +16,8 @@ _log = logging.getLogger("evalkit")
 
 
 class Notifier:
-    """Calls callbacks in a thread of its own, so that a slow one holds up nothing that runs; or, ``inline``, in the thread that
-    asks.
+    """Calls callbacks in a thread of its own, so that a slow one holds up nothing that runs; or, ``inline``, in the
+    thread that asks.
 
     Args:
         callbacks: in the order in which they are called.
@@ -107,7 +107,7 @@ class Notifier:
         try:
             method() if subject is None else method(subject)
         except BaseException as exc:
-            # In the thread that gathers, Ctrl-C is for who gathers; all else, SystemExit included, ends the callback alone.
+            # In the thread that gathers, Ctrl-C is for who gathers. All else ends the callback alone, SystemExit too.
             if self.inline and isinstance(exc, KeyboardInterrupt):
                 raise
             _log.exception("callback %s failed in %s", type(method.__self__).__name__, method.__name__)  # type: ignore[attr-defined]

@@ -24,10 +24,11 @@ _FIRST_BACKOFF = 0.05  # seconds; doubles with each try
 
 
 class Recorder:
-    """Collects the jobs that changed and writes each as it is by then: a job that ran through between two writes is one write.
+    """Collects the jobs that changed and writes each as it is by then: a job that ran through between two writes is one
+    write.
 
-    What was noted is written within :data:`_INTERVAL` or, for who calls :meth:`flush`, at once. What the storage does not take
-    is kept for the next write.
+    What was noted is written within :data:`_INTERVAL` or, for who calls :meth:`flush`, at once. What the storage does
+    not take is kept for the next write.
     """
 
     def __init__(self, storage: Storage, clock: Clock) -> None:
@@ -120,7 +121,7 @@ class Recorder:
             except StorageUnavailableError:
                 raise
             except StorageError as exc:
-                _log.error("job %s cannot be recorded: %s", update.id, exc)  # noqa: TRY400 - one line is enough
+                _log.error("job %s cannot be recorded: %s", update.id, exc)
 
 
 def _update(job: Job, ended: bool) -> JobUpdate | None:

@@ -1,0 +1,107 @@
+"""What users give to an evaluator: checked, and copied where it has to be."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from evalkit.backends.base import Backend
+from evalkit.callbacks.base import Callback
+from evalkit.errors import ParametersError
+from evalkit.plugins import plugins
+from evalkit.running import own_copy
+from evalkit.storage.base import Storage
+from evalkit.storage.memory import MemoryStorage
+
+__all__ = [
+    "check_callbacks",
+    "check_run_function",
+    "check_seconds",
+    "entries_of",
+    "is_int",
+    "open_storage",
+    "options_of",
+    "parameters_of",
+]
+
+
+def parameters_of(args: Any, index: int) -> dict[str, Any]:
+    """A copy of the parameters of one job, containers in containers included.
+
+    Args:
+        args: what should be a mapping.
+        index: its place in what was submitted, for the error.
+
+    Raises:
+        ParametersError: it is no mapping, or has a name that is not a string.
+    """
+    if type(args) is not dict:
+        if not isinstance(args, Mapping):
+            raise ParametersError(f"parameters are mappings; entry {index} is {type(args).__name__}: {args!r:.200}")
+        args = dict(args)
+    for key in args:
+        if type(key) is not str and not isinstance(key, str):
+            raise ParametersError(f"the names of parameters are strings; entry {index} has {key!r}")
+    return own_copy(args)
+
+
+def entries_of(args_list: Any) -> Iterable[Any]:
+    """What ``submit`` was given, if it is an iterable that can be of mappings.
+
+    Raises:
+        ParametersError: it is something else.
+    """
+    if isinstance(args_list, Mapping | str | bytes) or not isinstance(args_list, Iterable):
+        raise ParametersError(f"submit takes an iterable of mappings, not {args_list!r}; write submit([{{...}}])")
+    return args_list
+
+
+def options_of(backend_class: type[Backend]) -> list[str]:
+    """The options of a backend: the keyword-only parameters of its ``__init__``."""
+    parameters = inspect.signature(backend_class.__init__).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def open_storage(storage: Storage | str | None) -> Storage:
+    """The storage that an instance or a URL names; a new one in memory for None.
+
+    Raises:
+        TypeError: it is none of these.
+        StorageError: it cannot be opened.
+    """
+    if storage is None:
+        return MemoryStorage()
+    if isinstance(storage, str):
+        return plugins().open_storage(storage)
+    if isinstance(storage, Storage):
+        return storage
+    raise TypeError(f"storage takes a Storage or a URL such as sqlite:///study.db, not {storage!r}")
+
+
+def check_run_function(run_function: Any) -> None:
+    """Raise TypeError if it cannot be called."""
+    if not callable(run_function):
+        raise TypeError(f"the run function must be callable, not {run_function!r}")
+
+
+def check_callbacks(callbacks: Iterable[Callback] | None) -> list[Callback]:
+    """The callbacks as a list; TypeError if one of them is none."""
+    checked = list(callbacks or ())
+    for callback in checked:
+        if not isinstance(callback, Callback):
+            raise TypeError(f"a callback is an instance of evalkit.Callback, not {callback!r}")
+    return checked
+
+
+def check_seconds(name: str, value: Any, zero: bool = False) -> None:
+    """Raise ValueError if it is no length of time. ``zero`` allows 0 and forbids None."""
+    if value is None and not zero:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 or (zero and value == 0)):
+        raise ValueError(f"{name} takes a positive number of seconds{'' if zero else ', or None'}, not {value!r}")
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is an int, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)

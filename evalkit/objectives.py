@@ -1,0 +1,38 @@
+"""Objectives: what an output says of how well it went."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["is_failed_objective", "objective_of"]
+
+
+def objective_of(output: Any) -> Any:
+    """Read the objective out of what a run function returned.
+
+    Returns:
+        a number as it is; a tuple or list of numbers as a tuple; a string ``"F_…"`` as it is (a failed evaluation that
+        the user reported); for a mapping, what stands under ``"objective"``; None for anything else.
+    """
+    if isinstance(output, Mapping):
+        output = output.get("objective")
+    if isinstance(output, str):
+        return output if output.startswith("F_") else None
+    if isinstance(output, numbers.Number):
+        return output
+    if isinstance(output, tuple | list) and output and all(isinstance(one, numbers.Number) for one in output):
+        return tuple(output)
+    return None
+
+
+def is_failed_objective(objective: Any) -> bool:
+    """Whether an objective says that the evaluation failed: ``"F_…"``, NaN or ±inf, alone or among several."""
+    if isinstance(objective, str):
+        return objective.startswith("F_")
+    if isinstance(objective, tuple):
+        return any(is_failed_objective(one) for one in objective)
+    # Compared, not converted: an int may be larger than any float.
+    return isinstance(objective, numbers.Real) and bool(objective != objective or abs(objective) == math.inf)
