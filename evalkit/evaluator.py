@@ -24,9 +24,10 @@ from evalkit.engine.arguments import (
     entries_of,
     is_int,
     open_storage,
-    options_of,
     parameters_of,
+    split_options,
 )
+from evalkit.engine.budget import Budget
 from evalkit.engine.clock import Clock
 from evalkit.engine.drawing import CHUNK, Drawer
 from evalkit.engine.notifier import Notifier
@@ -34,13 +35,11 @@ from evalkit.engine.recorder import Recorder
 from evalkit.engine.retry import RetryPolicy
 from evalkit.engine.scheduler import Scheduler
 from evalkit.errors import (
-    EvaluatorClosedError,
     GatherInCallbackError,
-    MaximumJobsSpawnReached,
     SearchStoppedError,
 )
 from evalkit.job import Job, JobState
-from evalkit.plugins import close_match, plugins
+from evalkit.plugins import plugins
 from evalkit.storage.base import JobRecord, Storage
 
 if TYPE_CHECKING:
@@ -50,17 +49,6 @@ __all__ = ["Evaluator"]
 
 _LONGEST_GRACE = 1e6  # seconds; engines count in smaller units, and what is longer is never waited for
 _LAST_SUBMIT = 5.0  # seconds that close waits for a submit that is under way
-_COMMON = (
-    "num_workers",
-    "callbacks",
-    "run_function_kwargs",
-    "storage",
-    "search_id",
-    "job_timeout",
-    "retries",
-    "grace",
-)
-
 _open: weakref.WeakSet[Evaluator] = weakref.WeakSet()
 
 
@@ -137,13 +125,8 @@ class Evaluator:
             self._numbers = itertools.count()
             self._submitted = 0
             self._gathered = 0
-            self._maximum: int | None = None
-            self._stop_reason: str | None = None
-            self._timeout: float | None = None
-            self._deadline: float | None = None
-            self._ending = threading.Lock()  # over what decides whether jobs are taken in
+            self._budget = Budget(self._scheduler, self._timers)
             self._closing = threading.Lock()
-            self._closed = False
             self._awaiter: Awaiter | None = None
             bound = partial(run_function, **run_function_kwargs) if run_function_kwargs else run_function
             backend.start(bound, self._scheduler.emit)
@@ -181,21 +164,9 @@ class Evaluator:
         check_run_function(run_function)
         if not isinstance(method, str):
             raise TypeError(f"method takes the name of a backend, not {method!r}")
-        given = dict(method_kwargs or {})
         backend_class = plugins().backend_class(method)
-        accepted = options_of(backend_class)
-        for name in given:
-            if name not in accepted and name not in _COMMON:
-                candidates = sorted({*accepted, *_COMMON})
-                raise ValueError(
-                    f"backend {method!r} has no option {name!r}{close_match(str(name), candidates)}; "
-                    f"it takes: {', '.join(candidates)}"
-                )
-        num_workers = given.pop("num_workers", 1)
-        if type(num_workers) is not int or num_workers < 1:
-            raise ValueError(f"num_workers takes an int of at least 1, not {num_workers!r}")
-        options = {name: given.pop(name) for name in accepted if name in given}
-        evaluator = cls(run_function, backend_class(num_workers, **options), **given)
+        num_workers, options, common = split_options(method, backend_class, method_kwargs or {})
+        evaluator = cls(run_function, backend_class(num_workers, **options), **common)
         plugins().announce(evaluator)
         return evaluator
 
@@ -221,7 +192,7 @@ class Evaluator:
             EvaluatorClosedError: after ``close``.
             StorageUnavailableError: the storage does not take them; nothing (more) was submitted.
         """
-        self._check_open()
+        self._budget.check_open()
         if type(args_list) is not list and not isinstance(entries_of(args_list), Sequence):
             clock = None if self._backend.runs_in_caller else self._slow_timers
             return Drawer(self._check_room, self._admit, clock).draw(args_list)
@@ -236,14 +207,7 @@ class Evaluator:
             return jobs
 
     def _check_room(self, n: int) -> None:
-        """Raise what keeps ``n`` jobs from being submitted, if anything does."""
-        self._check_open()
-        if self._deadline is not None or self._stop_reason is not None:
-            reason = self.stop_reason
-            if reason is not None:
-                raise SearchStoppedError(f"nothing more can be submitted: {reason}")
-        if self._maximum is not None and self._submitted + n > self._maximum:
-            raise MaximumJobsSpawnReached(self._maximum, self._submitted)
+        self._budget.check_room(n, self._submitted)
 
     def _admit(self, copies: list[dict[str, Any]]) -> list[Job]:
         """Create the jobs of these parameters, which are theirs, and start what can start."""
@@ -294,7 +258,7 @@ class Evaluator:
             raise ValueError(f"gather takes 'ALL' or 'BATCH', not {type!r}")
         if not is_int(size) or size < 1:
             raise ValueError(f"gather takes a size of at least 1, not {size!r}")
-        self._check_open()
+        self._budget.check_open()
         if self._notifier.in_callback:
             raise GatherInCallbackError("a callback cannot gather: it would wait for itself; gather in the loop")
         if type == "ALL":
@@ -327,7 +291,7 @@ class Evaluator:
             StorageUnavailableError: the storage is away.
             EvaluatorClosedError: after ``close``.
         """
-        self._check_open()
+        self._budget.check_open()
         records, self._cursor = self._storage.changes(self._search_id, self._cursor)
         jobs = [_job_of(record) for record in records if record.owner != self._owner and record.is_complete]
         if jobs and self._notifier.active:
@@ -367,56 +331,33 @@ class Evaluator:
         When it is over, nothing more can be submitted, what waits is cancelled, and what runs is asked to stop, then
         ended.
         """
-        return self._timeout
+        return self._budget.timeout
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
         check_seconds("timeout", seconds)
-        self._check_open()
-        deadline = None if seconds is None or seconds == math.inf else time.monotonic() + seconds
-        with self._ending:
-            self._timeout, self._deadline = seconds, deadline
-            self._take_in_again()
-        if deadline is not None and seconds is not None:
-            self._timers.call_later(seconds, self._run_out, deadline)
-
-    def _run_out(self, deadline: float) -> None:
-        if deadline == self._deadline and not self._closed:
-            self._scheduler.close_intake(f"the timeout of {self._timeout:g} s has passed")
-            with self._ending:
-                if deadline != self._deadline:  # it was given more time just now
-                    self._take_in_again()
-
-    def _take_in_again(self) -> None:
-        if self._stop_reason is None and not self._closed:
-            self._scheduler.open_intake()
+        self._budget.set_timeout(seconds)
 
     @property
     def time_left(self) -> float:
         """Seconds until the timeout, at least 0.0; ``math.inf`` without one."""
-        return math.inf if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return self._budget.time_left
 
     def set_maximum_num_jobs_submitted(self, n: int | None) -> None:
         """Let at most ``n`` jobs be submitted in all; the submit that would pass it raises. None is no limit."""
         if n is not None and (not is_int(n) or n < 0):
             raise ValueError(f"the maximum number of jobs is an int of at least 0, or None, not {n!r}")
         with self._submitting:
-            self._maximum = n
+            self._budget.maximum = n
 
     def stop(self, reason: str) -> None:
         """Take nothing more in, cancel what waits, ask what runs to stop, then end it. ``gather`` returns them all."""
-        with self._ending:
-            if self._stop_reason is not None:
-                return
-            self._stop_reason = reason
-        self._scheduler.close_intake(reason)
+        self._budget.stop(reason)
 
     @property
     def stop_reason(self) -> str | None:
         """Why nothing more can be submitted; None as long as it can."""
-        if self._stop_reason is None and self.time_left <= 0.0:
-            return f"the timeout of {self._timeout:g} s has passed"
-        return self._stop_reason
+        return self._budget.stop_reason
 
     # -- what there is to read ------------------------------------------------------------------------------------
 
@@ -467,16 +408,16 @@ class Evaluator:
             "num_workers": self.num_workers,
             "search_id": self._search_id,
             "storage": self._storage.url,
-            "timeout": None if self._timeout == math.inf else self._timeout,
+            "timeout": None if self.timeout == math.inf else self.timeout,
             "job_timeout": self._job_timeout,
             "num_jobs_submitted": self._submitted,
             "num_jobs_gathered": self._gathered,
             "is_master": self.is_master,
-            "closed": self._closed,
+            "closed": self._budget.closed,
         }
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self._submitted} submitted, {self._gathered} gathered"
+        state = "closed" if self._budget.closed else f"{self._submitted} submitted, {self._gathered} gathered"
         return f"<Evaluator on {type(self._backend).__name__}, search {self._search_id!r}, {state}>"
 
     # -- the end --------------------------------------------------------------------------------------------------
@@ -495,10 +436,9 @@ class Evaluator:
         if self._notifier.in_callback:
             raise GatherInCallbackError("a callback cannot close the evaluator: it would wait for itself; call stop()")
         with self._closing:
-            if self._closed:
+            if self._budget.closed:
                 return []
-            with self._ending:
-                self._closed = True
+            self._budget.close()
             _open.discard(self)
             reason = "the evaluator was closed"
             try:
@@ -531,14 +471,10 @@ class Evaluator:
     ) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EvaluatorClosedError("this evaluator is closed; create another one")
-
     def _disown(self) -> None:
         """Let go, in a fork of the process that owns it: everything it holds is the other one's."""
         self._closing = threading.Lock()  # the other may have held it
-        self._closed = True
+        self._budget.closed = True
 
 
 @atexit.register

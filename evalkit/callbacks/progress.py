@@ -41,7 +41,7 @@ class TqdmCallback(Callback):
         self._launched = 0
         self._shown = 0
 
-    def on_launch(self, job: Job) -> None:  # noqa: ARG002 - it only counts
+    def on_launch(self, job: Job) -> None:
         self._launched += 1
         self._grow()
 

@@ -9,7 +9,7 @@ from typing import Any
 from evalkit.backends.base import Backend
 from evalkit.callbacks.base import Callback
 from evalkit.errors import ParametersError
-from evalkit.plugins import plugins
+from evalkit.plugins import close_match, plugins
 from evalkit.running import own_copy
 from evalkit.storage.base import Storage
 from evalkit.storage.memory import MemoryStorage
@@ -21,9 +21,21 @@ __all__ = [
     "entries_of",
     "is_int",
     "open_storage",
-    "options_of",
     "parameters_of",
+    "split_options",
 ]
+
+#: What every method takes, beside the options of its backend.
+_COMMON = (
+    "num_workers",
+    "callbacks",
+    "run_function_kwargs",
+    "storage",
+    "search_id",
+    "job_timeout",
+    "retries",
+    "grace",
+)
 
 
 def parameters_of(args: Any, index: int) -> dict[str, Any]:
@@ -57,7 +69,7 @@ def entries_of(args_list: Any) -> Iterable[Any]:
     return args_list
 
 
-def options_of(backend_class: type[Backend]) -> list[str]:
+def _options_of(backend_class: type[Backend]) -> list[str]:
     """The options of a backend: the keyword-only parameters of its ``__init__``."""
     parameters = inspect.signature(backend_class.__init__).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
@@ -105,3 +117,30 @@ def check_seconds(name: str, value: Any, zero: bool = False) -> None:
 def is_int(value: Any) -> bool:
     """Whether it is an int, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def split_options(
+    method: str, backend_class: type[Backend], given: Mapping[str, Any]
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Tell the keyword arguments of a method apart.
+
+    Returns:
+        the number of workers, the options of the backend, and the arguments of the evaluator.
+
+    Raises:
+        ValueError: a name that neither takes (names the close match), or a number of workers that makes no sense.
+    """
+    accepted = _options_of(backend_class)
+    for name in given:
+        if name not in accepted and name not in _COMMON:
+            candidates = sorted({*accepted, *_COMMON})
+            raise ValueError(
+                f"backend {method!r} has no option {name!r}{close_match(str(name), candidates)}; "
+                f"it takes: {', '.join(candidates)}"
+            )
+    num_workers = given.get("num_workers", 1)
+    if type(num_workers) is not int or num_workers < 1:
+        raise ValueError(f"num_workers takes an int of at least 1, not {num_workers!r}")
+    options = {name: given[name] for name in accepted if name in given}
+    common = {name: given[name] for name in _COMMON if name in given and name != "num_workers"}
+    return num_workers, options, common

@@ -1,7 +1,5 @@
 """NullStorage: ids for jobs, and nothing kept of them."""
 
-# ruff: noqa: ARG002 - what keeps nothing has no use for most of its arguments
-
 from __future__ import annotations
 
 import threading

@@ -1,0 +1,98 @@
+"""Budget: how many jobs, for how long, and whether the search goes on at all."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+from evalkit.engine.clock import Clock
+from evalkit.engine.scheduler import Scheduler
+from evalkit.errors import EvaluatorClosedError, MaximumJobsSpawnReached, SearchStoppedError
+
+__all__ = ["Budget"]
+
+
+class Budget:
+    """What decides whether jobs are taken in. Once it is used up, the intake is closed and all is cancelled.
+
+    Attributes:
+        maximum: how many jobs may be submitted in all; None for no limit.
+        closed: whether the evaluator is closed; set by :meth:`close` and in the forks of its process.
+    """
+
+    def __init__(self, scheduler: Scheduler, timers: Clock) -> None:
+        self._scheduler = scheduler
+        self._timers = timers
+        self._ending = threading.Lock()
+        self._stop_reason: str | None = None
+        self._timeout: float | None = None
+        self._deadline: float | None = None
+        self.maximum: int | None = None
+        self.closed = False
+
+    def check_open(self) -> None:
+        """Raise ``EvaluatorClosedError`` after :meth:`close`."""
+        if self.closed:
+            raise EvaluatorClosedError("this evaluator is closed; create another one")
+
+    def check_room(self, n: int, submitted: int) -> None:
+        """Raise what keeps ``n`` jobs from being submitted after ``submitted`` others, if anything does."""
+        self.check_open()
+        if self._deadline is not None or self._stop_reason is not None:
+            reason = self.stop_reason
+            if reason is not None:
+                raise SearchStoppedError(f"nothing more can be submitted: {reason}")
+        if self.maximum is not None and submitted + n > self.maximum:
+            raise MaximumJobsSpawnReached(self.maximum, submitted)
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds from when it was set to the end; None for no limit."""
+        return self._timeout
+
+    def set_timeout(self, seconds: float | None) -> None:
+        """Give the search so much time from now on; a search whose time was up goes on."""
+        self.check_open()
+        deadline = None if seconds is None or seconds == math.inf else time.monotonic() + seconds
+        with self._ending:
+            self._timeout, self._deadline = seconds, deadline
+            self._take_in_again()
+        if deadline is not None and seconds is not None:
+            self._timers.call_later(seconds, self._run_out, deadline)
+
+    @property
+    def time_left(self) -> float:
+        """Seconds until the timeout, at least 0.0; ``math.inf`` without one."""
+        return math.inf if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why nothing more can be submitted; None as long as it can."""
+        if self._stop_reason is None and self.time_left <= 0.0:
+            return f"the timeout of {self._timeout:g} s has passed"
+        return self._stop_reason
+
+    def stop(self, reason: str) -> None:
+        """End the search for good; the first reason counts."""
+        with self._ending:
+            if self._stop_reason is not None:
+                return
+            self._stop_reason = reason
+        self._scheduler.close_intake(reason)
+
+    def close(self) -> None:
+        """From now on nothing is taken in, whatever else is set."""
+        with self._ending:
+            self.closed = True
+
+    def _run_out(self, deadline: float) -> None:
+        if deadline == self._deadline and not self.closed:
+            self._scheduler.close_intake(f"the timeout of {self._timeout:g} s has passed")
+            with self._ending:
+                if deadline != self._deadline:  # it was given more time just now
+                    self._take_in_again()
+
+    def _take_in_again(self) -> None:
+        if self._stop_reason is None and not self.closed:
+            self._scheduler.open_intake()
