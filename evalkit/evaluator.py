@@ -90,6 +90,8 @@ class Evaluator:
         grace = min(grace, _LONGEST_GRACE)
         if job_timeout == math.inf:
             job_timeout = None
+        if not isinstance(run_function_kwargs or {}, Mapping):
+            raise TypeError(f"run_function_kwargs takes a mapping of keyword arguments, not {run_function_kwargs!r}")
         policy = RetryPolicy.of(retries)
         observers = check_callbacks(callbacks)
         self._run_function = run_function
@@ -164,6 +166,8 @@ class Evaluator:
         check_run_function(run_function)
         if not isinstance(method, str):
             raise TypeError(f"method takes the name of a backend, not {method!r}")
+        if not isinstance(method_kwargs or {}, Mapping):
+            raise TypeError(f"method_kwargs takes a mapping such as {{'num_workers': 4}}, not {method_kwargs!r}")
         backend_class = plugins().backend_class(method)
         num_workers, options, common = split_options(method, backend_class, method_kwargs or {})
         evaluator = cls(run_function, backend_class(num_workers, **options), **common)

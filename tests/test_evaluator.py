@@ -927,3 +927,19 @@ async def _exits_in_a_task(job: RunningJob) -> str:
 
     await asyncio.wait([asyncio.create_task(leave())])
     return "survived"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [([1], "method_kwargs"), ({"callbacks": 3}, "callbacks"), ({"run_function_kwargs": [1]}, "run_function_kwargs")],
+)
+def test_an_argument_of_the_wrong_type_is_named(given: Any, named: str) -> None:
+    with pytest.raises(TypeError, match=f"^{named} takes "):
+        Evaluator.create(len, "serial", given)
+
+
+def test_a_search_that_does_not_exist_names_those_that_do() -> None:
+    storage = MemoryStorage()
+    storage.create_search("spring")
+    with pytest.raises(SearchNotFoundError, match="no search 'xyz' .*there are 'spring'"):
+        Evaluator.create(len, "serial", {"storage": storage, "search_id": "xyz"})

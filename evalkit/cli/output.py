@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -31,8 +32,16 @@ def check_output(path: str) -> None:
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise ParametersError(f"--output {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
-        raise ParametersError(f"--output {path}: permission denied")
+    try:
+        # Only trying shows it: permissions do not tell of a full disk or of a file system that takes no files.
+        if os.path.exists(path):
+            with open(path, "ab"):
+                pass
+        else:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as exc:
+        raise ParametersError(f"--output {path}: {exc.strerror}") from exc
 
 
 def writer_for(path: str) -> Callback:

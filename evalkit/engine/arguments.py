@@ -98,7 +98,9 @@ def check_run_function(run_function: Any) -> None:
 
 
 def check_callbacks(callbacks: Iterable[Callback] | None) -> list[Callback]:
-    """The callbacks as a list; TypeError if one of them is none."""
+    """The callbacks as a list; TypeError if they are not callbacks."""
+    if callbacks is not None and not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks takes a list of instances of evalkit.Callback, not {callbacks!r}")
     checked = list(callbacks or ())
     for callback in checked:
         if not isinstance(callback, Callback):

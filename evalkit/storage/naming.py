@@ -20,6 +20,7 @@ __all__ = [
 
 #: How many names are looked at for a close match: an error must not cost what the storage has grown to.
 _CLOSE_MATCHES_AMONG = 1000
+_SHOWN = 5  # names in an error
 #: No search has more jobs than numbers of so many digits count.
 _MOST_DIGITS = 18
 
@@ -66,8 +67,14 @@ def check_bare_url(url: str, scheme: str) -> None:
 
 def search_not_found(search_id: str, known: Iterable[str], url: str) -> SearchNotFoundError:
     """The error for a search that is not in the storage at ``url``, with a close match of ``known`` if there is one."""
-    close = difflib.get_close_matches(search_id, list(islice(known, _CLOSE_MATCHES_AMONG)), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "list_searches() names those there are"
+    names = list(islice(known, _CLOSE_MATCHES_AMONG))
+    close = difflib.get_close_matches(search_id, names, n=1)
+    if close:
+        hint = f"did you mean {close[0]!r}?"
+    elif names:
+        hint = f"there are {', '.join(map(repr, names[:_SHOWN]))}{', …' if len(names) > _SHOWN else ''}"
+    else:
+        hint = "there are none"
     return SearchNotFoundError(f"there is no search {search_id!r} in {url}: {hint}", search_id)
 
 

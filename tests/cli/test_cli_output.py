@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,10 @@ def test_a_line_cut_by_a_kill_is_removed(tmp_path: Path):
     second.on_close()
     assert [json.loads(line)["output"] for line in path.read_text().splitlines()] == [1, 3]
     assert stored_ids(str(path)) == {"s.0", "s.2"}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody can create a file")
+def test_a_folder_that_takes_no_files_is_refused_before_anything_runs(shell):
+    done = shell("run", "work.py:square", "--grid", "x=1", "-b", "serial", "--output", "/proc/o.csv", code=2)
+    assert "--output /proc/o.csv: " in done.stderr
+    assert not (shell.folder / "ran.log").exists()
