@@ -941,5 +941,5 @@ def test_an_argument_of_the_wrong_type_is_named(given: Any, named: str) -> None:
 def test_a_search_that_does_not_exist_names_those_that_do() -> None:
     storage = MemoryStorage()
     storage.create_search("spring")
-    with pytest.raises(SearchNotFoundError, match="no search 'xyz' .*there are 'spring'"):
+    with pytest.raises(SearchNotFoundError, match=r"no search 'xyz' .*there are 'spring'"):
         Evaluator.create(len, "serial", {"storage": storage, "search_id": "xyz"})
