@@ -13,7 +13,7 @@ from evalkit.job import Job
 
 __all__ = ["CHUNK", "Drawer"]
 
-CHUNK = 1024  # jobs that go through submit at a time
+CHUNK = 4096  # jobs that go through submit at a time
 _WAIT = 0.02  # seconds that a job may wait for the next ones of a slow iterable
 
 
