@@ -317,6 +317,19 @@ def test_the_users_own_settings_win(make: Make, monkeypatch: pytest.MonkeyPatch)
     (job,) = evaluator.submit([{}])
     gather(evaluator)
     assert job.output["OMP_NUM_THREADS"] == "7"
+    assert "MKL_NUM_THREADS" not in job.output, "it would overrule what the user set for all"
+
+
+def test_a_setting_for_one_library_leaves_the_others_limited(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.endswith("_NUM_THREADS"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MKL_NUM_THREADS", "5")
+    evaluator = make(_environment)
+    (job,) = evaluator.submit([{}])
+    gather(evaluator)
+    assert job.output["MKL_NUM_THREADS"] == "5"
+    assert job.output["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
 
 
 def test_a_script_without_a_main_guard(tmp_path: Path) -> None:

@@ -125,7 +125,6 @@ class Spawner:
 def _thread_limits(num_workers: int) -> dict[str, str]:
     """Each worker's share of the cores, for the libraries that would else take all of them; the user's settings win."""
     share = str(max(1, len(os.sched_getaffinity(0)) // num_workers if hasattr(os, "sched_getaffinity") else 1))
-    if any(name in os.environ for name in _THREAD_VARIABLES):
-        # Whoever sets one of them has thought of it: OMP_NUM_THREADS is what the others fall back to.
-        return {}
-    return dict.fromkeys(_THREAD_VARIABLES, share)
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}  # what most of the others fall back to, so setting those would overrule the user
+    return {name: share for name in _THREAD_VARIABLES if name not in os.environ}
