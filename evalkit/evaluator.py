@@ -432,7 +432,7 @@ class Evaluator:
         Returns within the grace and a few seconds, whatever the jobs do. Calling it again does nothing.
 
         Returns:
-            the jobs that it cancelled.
+            the jobs that it cancelled; a ``gather`` that waits in another thread ends, and returns them as well.
 
         Raises:
             StorageUnavailableError: the last results cannot be stored; all else is released.

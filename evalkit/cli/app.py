@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -74,10 +77,19 @@ def _add_commands_of_plugins(app: typer.Typer) -> None:
 
 def main() -> None:
     """The entry point of the command line."""
-    from evalkit.cli.console import show_log
+    from evalkit.cli.console import FAILED, fail, show_log
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever is in the parameters, it can be shown
     show_log()
-    create_app()(prog_name="evalkit")
+    try:
+        create_app()(prog_name="evalkit")
+    except BrokenPipeError:
+        raise  # who read it has had enough, which the interpreter knows how to end with
+    except OSError as exc:
+        fail(f"the output cannot be written: {exc.strerror or exc}")
+        os._exit(FAILED)  # without another try to write what is left
 
 
 if __name__ == "__main__":

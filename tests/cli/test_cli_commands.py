@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+
+import pytest
 
 
 def test_ls_and_show_and_export(shell):
@@ -89,3 +94,21 @@ def test_export_tells_what_it_leaves_out(invoke):
     with open("e.jsonl") as file:
         assert [json.loads(line)["state"] for line in file] == ["QUEUED", "QUEUED"]
     assert "not ended  2" in invoke("show", "s").stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_an_output_that_cannot_be_written_is_one_line(shell):
+    shell("run", "work.py:square", "--grid", "x=1", "-b", "serial", "-q")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "evalkit", "ls"]
+        done = subprocess.run(
+            command, cwd=shell.folder, env=shell.environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: the output cannot be written: No space left on device"
+
+
+def test_what_no_terminal_can_show_is_escaped(shell):
+    (shell.folder / "p.jsonl").write_text('{"x": 1, "name": "\\ud800"}\n')
+    shell("run", "work.py:square", "--params", "p.jsonl", "-b", "serial", "-q", "--search", "s")
+    assert "\\ud800" in shell("show", "s").stdout
