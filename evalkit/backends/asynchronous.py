@@ -9,11 +9,11 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Progress, Recorded, Started
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
 from evalkit.backends.execution import LocalChannel, failed, identity
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
@@ -71,7 +71,7 @@ class AsyncBackend(Backend):
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self.run_function = run_function
         self._emit = emit
-        self._channel = _LoopChannel(emit, self._say)
+        self._channel = LocalChannel(self._say)
         self._worker = identity("async-0")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="evalkit-async", daemon=True)
@@ -196,14 +196,15 @@ class AsyncBackend(Backend):
             self._note(Failed(job_id, JobCause.LOST, ErrorInfo("Cancelled", "its coroutine was cancelled")))
             self._fill_lanes()
 
-    def _say(self, event: Event) -> None:
+    def _say(self, events: Sequence[Event]) -> None:
         """What a job says is told at once, but after what came before; in a thread of the job, by way of the loop."""
         if threading.get_ident() == self._thread.ident:
-            self._events.append(event)
+            self._events.extend(events)
             self._flush()
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the job was given up
-                self._loop.call_soon_threadsafe(self._note, event)
+                for event in events:
+                    self._loop.call_soon_threadsafe(self._note, event)
 
     def _note(self, event: Event) -> None:
         """Tell of it with the others of this turn of the loop, and soon in any case."""
@@ -219,17 +220,3 @@ class AsyncBackend(Backend):
         if self._events:
             events, self._events = self._events, []
             self._emit(events)
-
-
-class _LoopChannel(LocalChannel):
-    """The channel of jobs on the loop: what they say goes the way of all their events, so that it keeps its place."""
-
-    def __init__(self, emit: Emit, say: Callable[[Event], None]) -> None:
-        super().__init__(emit)
-        self._say = say
-
-    def progress(self, job_id: str, progress: float, phase: str) -> None:
-        self._say(Progress(job_id, progress, phase))
-
-    def record(self, job_id: str, values: dict[str, Any]) -> None:
-        self._say(Recorded(job_id, values))

@@ -17,16 +17,11 @@ from evalkit.backends.events import Done, Failed, Measured, Progress, Recorded, 
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob
 
-__all__ = ["LocalChannel", "describe", "failed", "identity", "peak_rss", "run"]
+__all__ = ["LocalChannel", "PeakMemory", "check_worker_init", "describe", "failed", "identity", "run"]
 
 _SHORT = 0.001  # seconds; the peak memory is not asked for after jobs that take less
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-
-
-def peak_rss() -> int:
-    """The peak resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def identity(name: str) -> WorkerIdentity:
@@ -73,18 +68,34 @@ def run(function: RunFunction, job: RunningJob, worker: WorkerIdentity) -> Done 
     return Done(job.id, output, _measured(start, cpu), worker)
 
 
-class _Peak:
-    """The peak memory as it was last asked for: asking takes longer than a short job, which hardly moves it."""
+class PeakMemory:
+    """The peak resident memory of this process, as it was last asked for: asking takes longer than a short job, which
+    hardly moves it.
+    """
 
-    value = 0
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    def after(self, seconds: float) -> int:
+        """The peak, in bytes, after a job that took so long."""
+        if seconds >= _SHORT or not self._bytes:
+            self._bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        return self._bytes
+
+
+_peak = PeakMemory()
 
 
 def _measured(start: float, cpu: float) -> Measured:
     cpu = time.thread_time() - cpu
     end = time.time()
-    if end - start >= _SHORT or not _Peak.value:
-        _Peak.value = peak_rss()
-    return (start, end, cpu, _Peak.value)
+    return (start, end, cpu, _peak.after(end - start))
+
+
+def check_worker_init(worker_init: Any) -> None:
+    """Raise ``TypeError`` if this is neither None nor something to call in each worker."""
+    if worker_init is not None and not callable(worker_init):
+        raise TypeError(f"worker_init takes a callable without parameters, not {worker_init!r}")
 
 
 class LocalChannel:

@@ -13,7 +13,7 @@ from typing import Any
 from evalkit.backends.asynchronous import AsyncBackend
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Event, Started
-from evalkit.backends.execution import LocalChannel, failed, identity, run
+from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, run
 from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
 try:  # the same without conversion to enums, which takes ten times as long as all the rest, and twice for each job
@@ -45,8 +45,7 @@ class SerialBackend(Backend):
 
     def __init__(self, num_workers: int, *, worker_init: Callable[[], Any] | None = None) -> None:
         super().__init__(num_workers)
-        if worker_init is not None and not callable(worker_init):
-            raise TypeError(f"worker_init takes a callable without parameters, not {worker_init!r}")
+        check_worker_init(worker_init)
         self._worker_init = worker_init
         self._engine: Backend = _Inline(worker_init)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
-from evalkit.backends.execution import LocalChannel, failed, identity, run
+from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, run
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
@@ -37,8 +37,7 @@ class ThreadBackend(Backend):
 
     def __init__(self, num_workers: int, *, worker_init: Callable[[], Any] | None = None) -> None:
         super().__init__(num_workers)
-        if worker_init is not None and not callable(worker_init):
-            raise TypeError(f"worker_init takes a callable without parameters, not {worker_init!r}")
+        check_worker_init(worker_init)
         self._worker_init = worker_init
         self._queue: SimpleQueue[str | None] = SimpleQueue()
         # Whoever pops a task out of here has it: a thread that runs it, or a cancel.

@@ -108,12 +108,6 @@ class Scheduler:
         """Seconds since :attr:`epoch`."""
         return time.time() - self.epoch
 
-    @property
-    def num_out(self) -> int:
-        """How many jobs were admitted and not taken yet."""
-        with self._lock:
-            return len(self._out) + len(self._finished)
-
     def admit(self, jobs: Sequence[Job]) -> None:
         """Take these jobs in and start what can start.
 
@@ -370,9 +364,10 @@ class Scheduler:
 
     def _on_lost(self, turn: _Turn, job: Job, event: Lost) -> None:
         self._leave_backend(turn, job, None, None)
-        losses = self._failures.setdefault(job.id, [])
-        losses.append(JobCause.LOST)
-        if job.id in self._dooms or job.state is JobState.CANCELLING or len(losses) > _MAX_LOSSES:
+        failures = self._failures.setdefault(job.id, [])
+        failures.append(JobCause.LOST)
+        too_often = failures.count(JobCause.LOST) > _MAX_LOSSES
+        if job.id in self._dooms or job.state is JobState.CANCELLING or too_often:
             self._end(turn, job, JobState.FAILED, None, ErrorInfo("JobLost", event.reason), JobCause.LOST)
             return
         # The machine's fault, not the job's: it goes first, and none of its own retries is used up.

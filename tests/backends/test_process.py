@@ -610,7 +610,7 @@ class _Task:
 def test_a_task_that_needs_no_token_spends_none() -> None:
     """Between two looks of the worker, the pool takes back what waited, and gives a batch with a first one granted."""
     link = WorkerLink(0)
-    worker = _Worker(link.their_sock, link._token_read, 0)
+    worker = _Worker(link.their_sock, link._token_read)
 
     def begin() -> str | None:
         task = worker._next()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from evalkit.backends.process.link import WorkerLink
-from evalkit.backends.process.spawner import Exited, Spawner
+from evalkit.backends.process.spawner import Spawner
 from evalkit.backends.process.wire import Kind
 from evalkit.job import ErrorInfo
 
@@ -78,9 +78,7 @@ class Crew:
 
     def deaths(self) -> Iterator[tuple[int, int]]:
         """The workers that have ended: (number, wait status). Raises ``EOFError`` if the nursery has."""
-        for event in self._spawner.events():
-            if isinstance(event, Exited):
-                yield event
+        return self._spawner.deaths()
 
     # -- starts ---------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ started along. If the nursery itself is killed, the kernel kills the workers (Li
 ::
 
     master ──(socket: SPAWN with 2 descriptors, SIGNAL)──▶ nursery ──fork──▶ worker, in a process group of its own
-           ◀─(SPAWNED pid, EXITED status)────────────────         ◀─SIGCHLD─
+           ◀─(EXITED status)─────────────────────────────         ◀─SIGCHLD─
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import sys
 import traceback
 from typing import NoReturn
 
-__all__ = ["EXITED", "MESSAGE", "SIGNAL", "SPAWN", "SPAWNED", "main"]
+__all__ = ["MESSAGE", "SIGNAL", "SPAWN", "main"]
 
 #: (what, number of the worker, value)
 MESSAGE = struct.Struct("<iqq")
-SPAWN, SIGNAL, SPAWNED, EXITED = range(4)
+SPAWN, SIGNAL, _EXITED = range(3)
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -86,15 +86,14 @@ class _Nursery:
     def _spawn(self, number: int, fds: list[int]) -> None:
         pid = os.fork()
         if pid == 0:
-            self._become_worker(number, fds)
+            self._become_worker(fds)
         for fd in fds:
             os.close(fd)
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
         self._workers[pid] = number
-        self._tell(SPAWNED, number, pid)
 
-    def _become_worker(self, number: int, fds: list[int]) -> NoReturn:
+    def _become_worker(self, fds: list[int]) -> NoReturn:
         code = 1
         try:
             nursery = os.getppid()
@@ -111,7 +110,7 @@ class _Nursery:
             self._sock.close()
             from evalkit.backends.process.worker import main as work
 
-            code = work(socket.socket(fileno=fds[0]), fds[1], number)
+            code = work(socket.socket(fileno=fds[0]), fds[1])
         except BaseException:  # noqa: BLE001 - nobody above would show it
             traceback.print_exc()
         finally:
@@ -140,11 +139,8 @@ class _Nursery:
             _, code = os.waitpid(pid, 0)
             number = self._workers.pop(pid, None)
             if number is not None:
-                self._tell(EXITED, number, code)
-
-    def _tell(self, what: int, number: int, value: int) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.sendall(MESSAGE.pack(what, number, value))
+                with contextlib.suppress(OSError):
+                    self._sock.sendall(MESSAGE.pack(_EXITED, number, code))
 
     def end(self) -> None:
         """Kill all workers and what they started, and wait for them."""

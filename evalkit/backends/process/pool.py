@@ -30,7 +30,7 @@ from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Lost, Progress, Recorded, Started, WorkerIdentity
-from evalkit.backends.execution import describe, failed
+from evalkit.backends.execution import check_worker_init, describe, failed
 from evalkit.backends.process.crew import TERM_GRACE, Crew, describe_death
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.wire import Frame, Kind
@@ -75,8 +75,7 @@ class ProcessBackend(Backend):
         start_timeout: float = 300.0,
     ) -> None:
         super().__init__(num_workers)
-        if worker_init is not None and not callable(worker_init):
-            raise TypeError(f"worker_init takes a callable without parameters, not {worker_init!r}")
+        check_worker_init(worker_init)
         if max_jobs_per_worker is not None and not (type(max_jobs_per_worker) is int and max_jobs_per_worker >= 1):
             raise ValueError(f"max_jobs_per_worker takes an int of at least 1, or None, not {max_jobs_per_worker!r}")
         if not start_timeout > 0:

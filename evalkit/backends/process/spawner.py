@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from evalkit.backends.process.nursery import EXITED, MESSAGE, SIGNAL, SPAWN, SPAWNED
+from evalkit.backends.process.nursery import MESSAGE, SIGNAL, SPAWN
 from evalkit.errors import BackendError
 
-__all__ = ["Exited", "Spawned", "Spawner"]
+__all__ = ["Spawner"]
 
 #: What libraries read to decide how many threads to start.
 _THREAD_VARIABLES = (
@@ -30,14 +30,6 @@ sys.path[:] = {path!r}
 from evalkit.backends.process.nursery import main
 main({fd}, {master})
 """
-
-
-class Spawned(tuple[int, int]):
-    """(number of the worker, its process id)."""
-
-
-class Exited(tuple[int, int]):
-    """(number of the worker, its wait status)."""
 
 
 class Spawner:
@@ -73,12 +65,12 @@ class Spawner:
             theirs.close()
 
     def fileno(self) -> int:
-        """The descriptor on which to wait for :meth:`events`."""
+        """The descriptor on which to wait for :meth:`deaths`."""
         return self._sock.fileno()
 
     def spawn(self, number: int, fds: list[int]) -> None:
         """Start worker ``number`` with two descriptors: its socket and its tokens."""
-        with contextlib.suppress(OSError):  # a nursery that died is noticed by events()
+        with contextlib.suppress(OSError):  # a nursery that died is noticed by deaths()
             socket.send_fds(self._sock, [MESSAGE.pack(SPAWN, number, 0)], fds)
 
     def signal(self, number: int, signum: int) -> None:
@@ -86,8 +78,8 @@ class Spawner:
         with contextlib.suppress(OSError):
             self._sock.sendall(MESSAGE.pack(SIGNAL, number, signum))
 
-    def events(self) -> Iterator[Spawned | Exited]:
-        """What has happened since the last call.
+    def deaths(self) -> Iterator[tuple[int, int]]:
+        """The workers that have ended since the last call: (number, wait status).
 
         Raises:
             EOFError: the nursery is gone, and so are its workers.
@@ -103,11 +95,8 @@ class Spawner:
         data = self._rest + data
         whole = len(data) - len(data) % MESSAGE.size
         self._rest = data[whole:]
-        for what, number, value in MESSAGE.iter_unpack(data[:whole]):
-            if what == SPAWNED:
-                yield Spawned((number, value))
-            elif what == EXITED:
-                yield Exited((number, value))
+        for _, number, status in MESSAGE.iter_unpack(data[:whole]):
+            yield number, status
 
     def close(self) -> None:
         """Have everything killed that is left, and wait for it."""

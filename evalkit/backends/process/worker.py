@@ -21,7 +21,7 @@ from collections import deque
 from typing import Any
 
 from evalkit.backends.base import RunFunction
-from evalkit.backends.execution import describe, peak_rss
+from evalkit.backends.execution import PeakMemory, describe
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
@@ -30,7 +30,6 @@ from evalkit.running import RunningJob, is_coroutine_function
 __all__ = ["main"]
 
 _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
-_WORTH_MEASURING = 0.001  # seconds; below this the peak memory of the last job will do
 
 
 class _Channel:
@@ -59,12 +58,13 @@ class _Channel:
         self._last = (progress, phase)
         if time.monotonic() - self._sent >= _REPORT_INTERVAL:
             self._flush()
-        elif self._held_back is None:
+            return
+        if self._held_back is None:
             self._held_back = threading.Event()
-            self._held_back.set()
-            threading.Thread(target=self._flush_late, name="evalkit-reports", daemon=True).start()
-        else:
-            self._held_back.set()
+            threading.Thread(
+                target=self._flush_late, args=(self._held_back,), name="evalkit-reports", daemon=True
+            ).start()
+        self._held_back.set()
 
     def record(self, job_id: str, values: dict[str, Any]) -> None:
         if job_id == self._job_id:
@@ -81,21 +81,20 @@ class _Channel:
                 self._sent = time.monotonic()
                 self._worker.send(Kind.PROGRESS, pickle.dumps(last, 5))
 
-    def _flush_late(self) -> None:
+    def _flush_late(self, held_back: threading.Event) -> None:
         """Send what came too fast, a little later: the last word of a job that then goes quiet is not lost."""
-        while self._held_back is not None:
-            self._held_back.wait()
-            self._held_back.clear()
+        while True:
+            held_back.wait()
+            held_back.clear()
             time.sleep(_REPORT_INTERVAL)
             with contextlib.suppress(OSError):
                 self._flush()
 
 
 class _Worker:
-    def __init__(self, sock: socket.socket, tokens: int, number: int) -> None:
+    def __init__(self, sock: socket.socket, tokens: int) -> None:
         self._sock = sock
         self._tokens = tokens
-        self._number = number
         self._reader = FrameReader(sock)
         self._tasks: deque[tuple[bool, str, int, Any]] = deque()
         self._generation = 0
@@ -105,7 +104,7 @@ class _Worker:
         self._stop: set[str] = set()
         self._channel = _Channel(self)
         self._runner: asyncio.Runner | None = None
-        self._rss = peak_rss()
+        self._peak = PeakMemory()
         self._pid = os.getpid()
         self._state: Any = None
         self._packer = Packer("output")
@@ -216,7 +215,6 @@ class _Worker:
             self.send(Kind.UNFIT, pickle.dumps(describe(exc), 5))
             self._quit = True
             return
-        self._rss = peak_rss()
         self.send(Kind.READY, pickle.dumps(self._pid, 5))
 
     def _work(self, job_id: str, attempt: int, args: Any) -> None:
@@ -238,9 +236,7 @@ class _Worker:
                 os._exit(1)
             kind, value = Kind.FAILED, describe(exc)
         end = time.time()
-        if end - start > _WORTH_MEASURING:
-            self._rss = peak_rss()
-        measured = (start, end, time.process_time() - cpu, self._rss)
+        measured = (start, end, time.process_time() - cpu, self._peak.after(end - start))
         self._channel.end()
         self._stop.discard(job_id)
         self._flush_output()
@@ -270,7 +266,7 @@ class _Worker:
             pass  # closed, or replaced by the user's function
 
 
-def main(sock: socket.socket, tokens: int, number: int) -> int:
+def main(sock: socket.socket, tokens: int) -> int:
     """Work until the pool says QUIT or is gone; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return _Worker(sock, tokens, number).serve()
+    return _Worker(sock, tokens).serve()
