@@ -240,7 +240,7 @@ class Evaluator:
         for job in jobs:
             job.move(JobState.CANCELLING, reason)
             job.finish(JobState.CANCELLED)
-        self._recorder.note(jobs)
+        self._recorder.note((), jobs)
 
     def gather(self, type: Literal["ALL", "BATCH"], size: int = 1) -> list[Job]:
         """Wait for jobs and return them: each job exactly once, whoever gathers.

@@ -12,7 +12,7 @@ from evalkit.errors import (
     JobFailedError,
     JobNotCompleteError,
 )
-from evalkit.metadata import JobMetadata
+from evalkit.metadata import JobMetadata, Measured, WorkerIdentity
 from evalkit.objectives import is_failed_objective, objective_of
 from evalkit.states import (
     LEGAL_TRANSITIONS,
@@ -35,10 +35,14 @@ __all__ = [
     "JobOwner",
     "JobState",
     "JobStatus",
+    "Measured",
+    "Run",
+    "WorkerIdentity",
     "is_failed_objective",
     "objective_of",
 ]
 
+_QUEUED, _RUNNING = JobState.QUEUED, JobState.RUNNING
 _registering = threading.Lock()  # of all jobs: whoever waits for an end by callback is rare
 
 
@@ -59,6 +63,31 @@ class JobOwner(Protocol):
     def wait_job(self, job: Job, timeout: float | None) -> bool: ...
 
 
+class Run(Protocol):
+    """How a run ended, as far as its job keeps it."""
+
+    @property
+    def measured(self) -> Measured | None: ...
+
+    @property
+    def worker(self) -> WorkerIdentity | None: ...
+
+
+class _Said:
+    """What few jobs say of themselves while they live."""
+
+    __slots__ = ("phase", "progress", "records", "stop_message")
+
+    def __init__(self) -> None:
+        self.progress = 0.0
+        self.phase = ""
+        self.records: list[dict[str, Any]] = []
+        self.stop_message: str | None = None
+
+
+_NOTHING = _Said()
+
+
 class Job:
     """One evaluation: a live handle, the same object from ``submit`` to ``gather``.
 
@@ -74,24 +103,21 @@ class Job:
         error: what went wrong, for a failed job.
         cause: the kind of failure, for a failed job.
         number: its place in the order of submission, from 0, within its evaluator.
-        measured: what was measured of it; ``metadata`` is the dict of the same.
     """
 
     __slots__ = (
         "__weakref__",
         "_callbacks",
+        "_created",
+        "_facts",
         "_owner",
-        "_phase",
-        "_progress",
-        "_records",
+        "_said",
         "_state",
-        "_stop_message",
         "args",
         "attempt",
         "cause",
         "error",
         "id",
-        "measured",
         "number",
         "output",
     )
@@ -106,13 +132,12 @@ class Job:
         self.output: Any = None
         self.error: ErrorInfo | None = None
         self.cause: JobCause | None = None
-        self.measured = JobMetadata(created)
-        self._state = JobState.QUEUED
+        self._created = created
+        self._state = _QUEUED
         self._owner = owner
-        self._progress = 0.0
-        self._records: list[dict[str, Any]] | None = None
-        self._phase = ""
-        self._stop_message: str | None = None
+        # Of its last run: what was measured, who ran it, when its end was told. Made into a JobMetadata for who asks.
+        self._facts: tuple[Measured, WorkerIdentity | None, float | None] | JobMetadata | None = None
+        self._said = _NOTHING  # until it says something
         self._callbacks: list[Callable[[Job], None]] | None = None
 
     def __repr__(self) -> str:
@@ -134,15 +159,15 @@ class Job:
     @property
     def status(self) -> JobStatus:
         """A snapshot: state, progress, times."""
-        measured, owner = self.measured, self._owner
+        measured, said, owner = self.measured, self._said, self._owner
         epoch = 0.0 if owner is None else owner.epoch
         start, end = measured.timestamp_start, measured.timestamp_end
         now = end if end is not None else measured.timestamp_submit if owner is None else owner.clock()
         return JobStatus(
             state=self._state,
-            progress=1.0 if self._state is JobState.DONE else self._progress,
-            phase=self._phase,
-            stop_message=self._stop_message,
+            progress=1.0 if self._state is JobState.DONE else said.progress,
+            phase=said.phase,
+            stop_message=said.stop_message,
             cause=self.cause,
             creation_timestamp=epoch + measured.timestamp_submit,
             start_timestamp=None if start is None else epoch + start,
@@ -184,7 +209,23 @@ class Job:
     @property
     def records(self) -> list[dict[str, Any]]:
         """What the run function recorded while it ran, in order; kept whatever becomes of the job."""
-        return [] if self._records is None else list(self._records)
+        return list(self._said.records)
+
+    @property
+    def measured(self) -> JobMetadata:
+        """What was measured of it so far; once it has ended, always the same object."""
+        facts = self._facts
+        if isinstance(facts, JobMetadata):
+            return facts
+        if facts is None:
+            measured = JobMetadata(self._created, attempt=self.attempt)
+        else:
+            epoch = 0.0 if self._owner is None else self._owner.epoch
+            measured = JobMetadata.of_run(self._created, epoch, self.attempt, *facts)
+        if self.is_complete:
+            measured.extra = _metadata_in(self.output)
+            self._facts = measured
+        return measured
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -208,7 +249,7 @@ class Job:
             raise JobFailedError(f"job {self.id} failed ({self.cause}){detail}", self)
         if self.is_complete:
             raise JobCancelledError(
-                f"job {self.id} is {self._state.value} ({self._stop_message or 'no reason given'}); "
+                f"job {self.id} is {self._state.value} ({self._said.stop_message or 'no reason given'}); "
                 f"{len(self.records)} recorded values are in job.records",
                 self,
             )
@@ -253,7 +294,12 @@ class Job:
         self._check_transition(state)
         self._state = state
         if stop_message is not None:
-            self._stop_message = stop_message
+            self._say().stop_message = stop_message
+
+    def _say(self) -> _Said:
+        if self._said is _NOTHING:
+            self._said = _Said()
+        return self._said
 
     def _check_transition(self, state: JobState) -> None:
         if state not in LEGAL_TRANSITIONS[self._state]:
@@ -261,29 +307,34 @@ class Job:
                 f"job {self.id}: {self._state.value} -> {state.value} is not a legal transition"
             )
 
-    def start(self, timestamp: float) -> None:
-        """It runs, since ``timestamp`` (seconds on the owner's clock)."""
-        self.move(JobState.RUNNING)
-        self.measured.timestamp_start = timestamp
+    def start(self, time: float, ran_by: WorkerIdentity | None = None) -> None:
+        """It runs, since ``time`` (seconds since the Unix epoch)."""
+        if self._state is not _RUNNING and self._state is not JobState.CANCELLING:
+            self.move(_RUNNING)
+        self._facts = (time, None, None, None), ran_by, None
 
     def retry(self) -> None:
         """Back to the queue for another attempt; what the last one left is dropped, its records stay."""
-        self.move(JobState.QUEUED)
+        self.move(_QUEUED)
         self.attempt += 1
-        self.output = self.error = self.cause = None
-        self.measured.timestamp_start = self.measured.timestamp_end = None
-        self._progress, self._phase = 0.0, ""
+        self.output = self.error = self.cause = self._facts = None
+        if self._said is not _NOTHING:
+            self._said.progress, self._said.phase = 0.0, ""
 
     def finish(
         self,
         state: JobState,
-        *,
         output: Any = None,
         error: ErrorInfo | None = None,
         cause: JobCause | None = None,
-        stop_message: str | None = None,
+        run: Run | None = None,
+        told: float | None = None,
     ) -> list[Callable[[Job], None]]:
         """Go to a terminal state with what it leaves behind.
+
+        Args:
+            run: that ended it; None if it ended without one.
+            told: when that was known, in seconds on the owner's clock.
 
         Returns:
             the callbacks that wait for this, to be called without the lock.
@@ -291,22 +342,27 @@ class Job:
         Raises:
             IllegalTransitionError: that state cannot follow the present one; the job is as it was.
         """
+        measured = None if run is None else run.measured
+        if measured is not None and self._state is _QUEUED:
+            self._state = _RUNNING  # over so soon that nobody told of its start
         self._check_transition(state)
         # What belongs to the end is in place before the state says that it has come: readers take no lock.
         self.output = output
         self.error = error
         self.cause = cause
-        self.measured.attempt = self.attempt
-        if type(output) is dict and isinstance(output.get("metadata"), Mapping):
-            self.measured.extra = {str(key): value for key, value in output["metadata"].items()}
-        if stop_message is not None:
-            self._stop_message = stop_message
+        if run is not None and measured is not None:
+            self._facts = measured, run.worker, told
+        elif told is not None:
+            self._facts = known = self.measured
+            known.timestamp_gather, known.extra = told, _metadata_in(output)
+            if known.timestamp_start is not None:
+                known.timestamp_end = told
+            if run is not None and run.worker is not None:
+                known.ran_by = run.worker
         self._state = state
-        return self._take_callbacks()
+        return [] if self._callbacks is None else self._take_callbacks()
 
     def _take_callbacks(self) -> list[Callable[[Job], None]]:
-        if self._callbacks is None:
-            return []
         with _registering:
             callbacks, self._callbacks = self._callbacks, None
         return callbacks or []
@@ -323,16 +379,16 @@ class Job:
     ) -> None:
         """Take over what a storage kept of it."""
         self._state, self.output, self.error, self.cause, self.attempt = state, output, error, cause, attempt
-        self._records = records or None
-        self.measured = JobMetadata.of(metadata)
+        if records:
+            self._say().records = records
+        self._facts = JobMetadata.of(metadata)
 
     def note_progress(self, progress: float, phase: str) -> None:
-        self._progress, self._phase = progress, phase
+        said = self._say()
+        said.progress, said.phase = progress, phase
 
     def note_record(self, values: dict[str, Any]) -> None:
-        if self._records is None:
-            self._records = []
-        self._records.append(values)
+        self._say().records.append(values)
 
     def when_complete(self, callback: Callable[[Job], None]) -> None:
         """Have ``callback(job)`` called once, at the end, from whatever thread brings it; here and now if it has ended.
@@ -345,3 +401,9 @@ class Job:
         if self.is_complete:
             for waiting in self._take_callbacks():
                 waiting(self)
+
+
+def _metadata_in(output: Any) -> dict[str, Any] | None:
+    if type(output) is dict and isinstance(output.get("metadata"), Mapping):
+        return {str(key): value for key, value in output["metadata"].items()}
+    return None

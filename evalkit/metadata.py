@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["JobMetadata"]
+__all__ = ["JobMetadata", "Measured", "WorkerIdentity"]
+
+#: What was measured of a run: start and end (seconds since the Unix epoch), CPU time (seconds), peak memory (bytes).
+Measured = tuple[float, float | None, float | None, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """Who ran a job.
+
+    Attributes:
+        host: its machine.
+        pid: its process.
+        name: its name in the backend, such as ``process-3``.
+    """
+
+    host: str
+    pid: int
+    name: str
 
 
 class JobMetadata(Mapping[str, Any]):
     """Where, when and at what cost a job ran; a compact mapping that shows only what is known.
 
     Timestamps are seconds since the evaluator was created, ``duration`` and ``cpu_time`` are seconds, ``peak_rss`` is
-    bytes. ``extra`` holds what the run function returned under ``"metadata"``.
+    bytes. ``ran_by`` is who ran it, and ``extra`` what the run function returned under ``"metadata"``.
     """
 
     __slots__ = (
         "attempt",
         "cpu_time",
         "extra",
-        "host",
         "peak_rss",
-        "pid",
+        "ran_by",
         "timestamp_end",
         "timestamp_gather",
         "timestamp_start",
         "timestamp_submit",
-        "worker",
     )
 
     KEYS = (
@@ -43,29 +60,73 @@ class JobMetadata(Mapping[str, Any]):
         "peak_rss",
     )
 
-    def __init__(self, timestamp_submit: float) -> None:
+    def __init__(
+        self,
+        timestamp_submit: float,
+        timestamp_start: float | None = None,
+        timestamp_end: float | None = None,
+        timestamp_gather: float | None = None,
+        ran_by: WorkerIdentity | None = None,
+        attempt: int = 0,
+        cpu_time: float | None = None,
+        peak_rss: int | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
         self.timestamp_submit = timestamp_submit
-        self.timestamp_start: float | None = None
-        self.timestamp_end: float | None = None
-        self.timestamp_gather: float | None = None
-        self.host: str | None = None
-        self.pid: int | None = None
-        self.worker: str | None = None
-        self.attempt = 0
-        self.cpu_time: float | None = None
-        self.peak_rss: int | None = None
-        self.extra: dict[str, Any] | None = None
+        self.timestamp_start = timestamp_start
+        self.timestamp_end = timestamp_end
+        self.timestamp_gather = timestamp_gather
+        self.ran_by = ran_by
+        self.attempt = attempt
+        self.cpu_time = cpu_time
+        self.peak_rss = peak_rss
+        self.extra = extra
+
+    @classmethod
+    def of_run(
+        cls,
+        submitted: float,
+        epoch: float,
+        attempt: int,
+        measured: Measured,
+        ran_by: WorkerIdentity | None,
+        told: float | None,
+    ) -> JobMetadata:
+        """What is known of a run.
+
+        Args:
+            submitted, told: when its job was submitted, and when the evaluator heard of its end, since ``epoch``.
+            epoch: seconds since the Unix epoch.
+        """
+        start, end, cpu_time, peak_rss = measured
+        ended = None if end is None else end - epoch
+        return cls(submitted, start - epoch, ended, told, ran_by, attempt, cpu_time, peak_rss)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JobMetadata:
         """The inverse of ``dict(metadata)``."""
-        metadata = cls(values.get("timestamp_submit", 0.0))
-        for key, value in values.items():
-            if key in cls.__slots__ and key != "extra":
-                setattr(metadata, key, value)
-            elif key != "duration":
-                metadata.extra = (metadata.extra or {}) | {key: value}
-        return metadata
+        rest = dict(values)
+        rest.pop("duration", None)
+        known = {key: rest.pop(key) for key in cls.KEYS if key in cls.__slots__ and key in rest}
+        known.setdefault("timestamp_submit", 0.0)
+        if {"host", "pid", "worker"} <= rest.keys():
+            known["ran_by"] = WorkerIdentity(rest.pop("host"), rest.pop("pid"), rest.pop("worker"))
+        return cls(**known, extra=rest or None)
+
+    @property
+    def host(self) -> str | None:
+        """The machine it ran on."""
+        return None if self.ran_by is None else self.ran_by.host
+
+    @property
+    def pid(self) -> int | None:
+        """The process it ran in."""
+        return None if self.ran_by is None else self.ran_by.pid
+
+    @property
+    def worker(self) -> str | None:
+        """The name of the worker that ran it, such as ``process-3``."""
+        return None if self.ran_by is None else self.ran_by.name
 
     @property
     def duration(self) -> float | None:

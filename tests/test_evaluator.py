@@ -35,7 +35,7 @@ from evalkit.errors import (
     StorageURLError,
     UnknownPluginError,
 )
-from evalkit.storage.base import JobUpdate
+from evalkit.storage.base import JobUpdate, Storage
 from evalkit.storage.memory import MemoryStorage
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
@@ -614,6 +614,8 @@ class _Away(MemoryStorage):
             raise StorageUnavailableError("the disk is full")
         super().update_jobs(updates)
 
+    end_jobs = Storage.end_jobs
+
 
 def test_a_storage_that_is_away_for_a_while_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     storage = _Away(3)
@@ -712,6 +714,8 @@ def test_a_slow_storage_does_not_hold_up_timeouts(files: Files) -> None:
                 done.wait(BOUND)
             super().update_jobs(updates)
 
+        end_jobs = Storage.end_jobs
+
     with Evaluator.create(hold, "process", {"storage": _Slow(), "job_timeout": 0.5, "grace": 0.2}) as evaluator:
         (job,) = evaluator.submit([files.holder("a")])
         assert writing.wait(BOUND)
@@ -728,10 +732,10 @@ def test_a_job_that_ends_while_its_start_is_written_is_recorded_once(caplog: pyt
     written = recorder.Recorder(storage, clock)
     job = Job(storage.create_jobs(storage.create_search(), [{}])[0], {})
     job.start(1.0)
-    written.note([job])
+    written.note([job], [])
     job.finish(JobState.DONE, output=1)
     written.flush()
-    written.note([job])
+    written.note([], [job])
     written.flush()
     written.flush()
     assert storage.load_jobs("0")[0].output == 1

@@ -27,6 +27,7 @@ from evalkit.job import (
     JobCause,
     JobMetadata,
     JobState,
+    WorkerIdentity,
     is_failed_objective,
     objective_of,
 )
@@ -47,7 +48,7 @@ def job_in(state: JobState, **end: Any) -> Job:
         JobState.UNKNOWN: [JobState.UNKNOWN],
     }[state]
     for step in way:
-        job.start(2.0) if step is JobState.RUNNING else job.move(step)
+        job.start(2.0) if step is JobState.RUNNING else job.move(step, "stopped on the way")
     if state in TERMINAL_STATES:
         job.finish(state, **end)
     assert job.state is state
@@ -158,8 +159,7 @@ def test_a_status_never_changes() -> None:
     assert (after.progress, after.phase, after.start_timestamp) == (0.5, "half", 2.0)
     with pytest.raises(AttributeError):
         after.progress = 1.0  # type: ignore[misc]
-    job.measured.timestamp_end = 5.0
-    job.finish(JobState.DONE)
+    job.finish(JobState.DONE, told=5.0)
     assert (job.status.duration, job.status.running_time, job.status.progress) == (4.0, 3.0, 1.0)
 
 
@@ -300,10 +300,12 @@ def test_the_result_of_a_job_that_failed() -> None:
         assert isinstance(caught.value, JobResultError)
 
 
-@pytest.mark.parametrize("state", [JobState.CANCELLED, JobState.PRUNED])
-def test_the_result_of_a_job_that_was_ended_early(state: JobState) -> None:
-    job = job_in(state, stop_message="enough", output="kept")
-    with pytest.raises(JobCancelledError, match="enough"):
+@pytest.mark.parametrize(
+    ("state", "reason"), [(JobState.CANCELLED, "stopped on the way"), (JobState.PRUNED, "no reason given")]
+)
+def test_the_result_of_a_job_that_was_ended_early(state: JobState, reason: str) -> None:
+    job = job_in(state, output="kept")
+    with pytest.raises(JobCancelledError, match=reason):
         job.get_results()
     assert job.output == "kept"
 
@@ -329,7 +331,8 @@ def test_records_and_metadata_are_copies() -> None:
 def test_metadata_shows_what_is_known() -> None:
     metadata = JobMetadata(1.0)
     assert dict(metadata) == {"timestamp_submit": 1.0, "attempt": 0}
-    metadata.timestamp_start, metadata.timestamp_end, metadata.pid = 2.0, 4.5, 7
+    metadata.timestamp_start, metadata.timestamp_end = 2.0, 4.5
+    metadata.ran_by = WorkerIdentity("node7", 7, "process-0")
     metadata.extra = {"epochs": 3, "pid": "mine"}
     assert metadata["duration"] == 2.5
     assert metadata["pid"] == "mine"
@@ -337,13 +340,13 @@ def test_metadata_shows_what_is_known() -> None:
     with pytest.raises(KeyError):
         metadata["extra"]
     with pytest.raises(KeyError):
-        metadata["host"]
+        metadata["cpu_time"]
     assert dict(JobMetadata.of(dict(metadata))) == dict(metadata)
 
 
 def test_what_a_storage_kept_comes_back() -> None:
     first = job_in(JobState.FAILED, error=ErrorInfo("E", "m"), cause=JobCause.TIMEOUT)
-    first.measured.host = "node7"
+    first.measured.ran_by = WorkerIdentity("node7", 7, "process-0")
     job = Job("s.7", {"x": 1})
     job.restore(JobState.FAILED, None, first.error, first.cause, 2, [{"step": 1}], first.metadata)
     assert (job.state, job.error, job.cause, job.attempt) == (JobState.FAILED, ErrorInfo("E", "m"), JobCause.TIMEOUT, 2)

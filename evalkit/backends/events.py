@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from evalkit.job import ErrorInfo, JobCause
+from evalkit.job import ErrorInfo, JobCause, Measured, WorkerIdentity
 
 __all__ = [
     "Cancelled",
@@ -19,24 +19,6 @@ __all__ = [
     "Started",
     "WorkerIdentity",
 ]
-
-#: What was measured of a run: start and end (seconds since the Unix epoch), CPU time (seconds), peak memory (bytes).
-Measured = tuple[float, float, float | None, int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerIdentity:
-    """Who ran a job.
-
-    Attributes:
-        host: its machine.
-        pid: its process.
-        name: its name in the backend, such as ``process-3``.
-    """
-
-    host: str
-    pid: int
-    name: str
 
 
 @dataclass(slots=True)

@@ -21,10 +21,15 @@ class Notifier:
 
     Args:
         callbacks: in the order in which they are called.
+
+    Attributes:
+        active: whether there is anybody to call; without, posting is not worth the while.
+        inline: whether the thread that drains is the one that calls.
     """
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self._callbacks = tuple(callbacks)
+        self.active = bool(self._callbacks)
         self._queue: deque[tuple[str, Any]] = deque()
         self._changed = threading.Condition()
         self._busy: int | None = None  # the thread that is calling
@@ -33,17 +38,13 @@ class Notifier:
         self.inline = False
 
     @property
-    def active(self) -> bool:
-        """Whether there is anybody to call; without, posting is not worth the while."""
-        return bool(self._callbacks)
-
-    @property
     def in_callback(self) -> bool:
         """Whether the calling thread is in a callback."""
         return self._busy == threading.get_ident()
 
     def add(self, callback: Callback) -> None:
         self._callbacks = (*self._callbacks, callback)
+        self.active = True
 
     def post(self, method: str, subjects: Iterable[Any]) -> None:
         """Have ``callback.<method>(subject)`` called for each subject, soon. Never calls anything itself."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from evalkit.engine.clock import Clock
 from evalkit.errors import StorageError, StorageUnavailableError
-from evalkit.job import TERMINAL_STATES, Job
+from evalkit.job import Job
 from evalkit.storage.base import JobUpdate, Storage
 
 __all__ = ["Recorder"]
@@ -22,6 +23,8 @@ _SLICE = 1000  # jobs in one write
 _PATIENCE = 10.0  # seconds for which a storage that is away is tried again
 _FIRST_BACKOFF = 0.05  # seconds; doubles with each try
 
+_Subject = TypeVar("_Subject", Job, JobUpdate)
+
 
 class Recorder:
     """Collects the jobs that changed and writes each as it is by then: a job that ran through between two writes is one
@@ -33,20 +36,23 @@ class Recorder:
 
     def __init__(self, storage: Storage, clock: Clock) -> None:
         self._storage = storage
+        self._durable = storage.durable
         self._clock = clock
         self._lock = threading.Lock()
         self._writing = threading.Lock()
-        self._dirty: dict[str, tuple[Job, bool]] = {}  # and whether it had ended when it was noted
+        self._changed: dict[str, Job] = {}
+        self._ended: list[Job] = []  # each once
         self._scheduled = False
         self._last_duration = 0.0
         self._patience = _PATIENCE
 
-    def note(self, jobs: Iterable[Job]) -> None:
-        """These jobs have changed; cheap enough for every event. The end of a job is noted once, after it came."""
+    def note(self, changed: Sequence[Job], ended: Sequence[Job]) -> None:
+        """These jobs have changed, and those have ended; cheap enough for every event. An end is noted once."""
         with self._lock:
-            for job in jobs:
-                self._dirty[job.id] = (job, job.is_complete)
-            if self._scheduled or not self._storage.durable or not self._dirty:
+            for job in changed:
+                self._changed[job.id] = job
+            self._ended += ended
+            if self._scheduled or not self._durable or not (self._ended or self._changed):
                 return
             self._scheduled = True
         self._clock.call_later(max(_INTERVAL, _SHARE * self._last_duration), self._write_in_background)
@@ -80,66 +86,49 @@ class Recorder:
             self._write()
         except StorageUnavailableError:
             _log.warning("the storage is not available; results are kept", exc_info=True)
-            self.note(())
+            self.note((), ())
 
     def _write(self) -> None:
         # One write at a time; a second one waits, so that what it was called for is written when it returns.
         with self._writing:
             with self._lock:
-                dirty, self._dirty = self._dirty, {}
-            if not dirty:
+                changed, self._changed = self._changed, {}
+                ended, self._ended = self._ended, []
+            if not (ended or changed):
                 return
             start = time.monotonic()
+            written = 0
             try:
-                noted = list(dirty.values())
-                for first in range(0, len(noted), _SLICE):
-                    part = noted[first : first + _SLICE]
-                    updates = [update for job, ended in part if (update := _update(job, ended)) is not None]
-                    if updates:
-                        self._write_some(updates)
-                    for job, _ in part:
-                        del dirty[job.id]
+                # Who has ended since it was noted has its end noted as well, and a record takes only one.
+                live = [update for job in changed.values() if not (update := JobUpdate.of(job)).ends]
+                self._write_some(live, self._storage.update_jobs)
+                changed = {}
+                for first in range(0, len(ended), _SLICE):
+                    self._write_some(ended[first : first + _SLICE], self._storage.end_jobs)
+                    written = first + _SLICE
             except BaseException:
                 with self._lock:
-                    self._dirty = dirty | self._dirty
+                    self._changed = changed | self._changed
+                    self._ended = ended[written:] + self._ended
                 raise
             self._last_duration = time.monotonic() - start
 
-    def _write_some(self, updates: list[JobUpdate]) -> None:
+    def _write_some(self, subjects: list[_Subject], write: Callable[[list[_Subject]], None]) -> None:
+        if not subjects:
+            return
         try:
-            self._storage.update_jobs(updates)
+            write(subjects)
         except StorageUnavailableError:
             raise
         except StorageError:
             # Something is wrong with one of them (its search was deleted, say): the others go in without it.
-            self._write_one_by_one(updates)
+            for subject in subjects:
+                self._write_alone(subject, write)
 
-    def _write_one_by_one(self, updates: list[JobUpdate]) -> None:
-        for update in updates:
-            try:
-                self._storage.update_jobs([update])
-            except StorageUnavailableError:
-                raise
-            except StorageError as exc:
-                _log.error("job %s cannot be recorded: %s", update.id, exc)
-
-
-def _update(job: Job, ended: bool) -> JobUpdate | None:
-    """All of a job as it is now. The state is read first: once it is terminal, all the rest is final.
-
-    None if it has ended since it was noted: its end is about to be noted as well, and a record takes only one end.
-    """
-    state = job.state
-    if not ended and state in TERMINAL_STATES:
-        return None
-    records = job.records
-    return JobUpdate(
-        job.id,
-        state,
-        job.output,
-        job.error,
-        job.cause,
-        job.measured,
-        records or None,
-        job.attempt,
-    )
+    def _write_alone(self, subject: _Subject, write: Callable[[list[_Subject]], None]) -> None:
+        try:
+            write([subject])
+        except StorageUnavailableError:
+            raise
+        except StorageError as exc:
+            _log.error("job %s cannot be recorded: %s", subject.id, exc)

@@ -26,11 +26,9 @@ from evalkit.backends.events import (
     Event,
     Failed,
     Lost,
-    Measured,
     Progress,
     Recorded,
     Started,
-    WorkerIdentity,
 )
 from evalkit.engine.clock import Clock
 from evalkit.engine.notifier import Notifier
@@ -117,8 +115,7 @@ class Scheduler:
         with self._lock:
             if self._closed_because is not None:
                 raise SearchStoppedError(self._closed_because)
-            for job in jobs:
-                self._out[job.id] = job
+            self._out.update([(job.id, job) for job in jobs])
             self._pending.extend(jobs)
             self._last_number = jobs[-1].number
             if self._notifier.active:
@@ -294,12 +291,16 @@ class Scheduler:
 
     def _conclude(self, turn: _Turn) -> None:
         """With the lock: have what was touched recorded and told of, before anybody can gather it."""
-        if turn.touched:
-            self._recorder.note(turn.touched)
+        ended = turn.ended
+        if ended or turn.changed:
+            self._recorder.note(turn.changed, ended)
         if self._notifier.active:
             self._notifier.post("on_progress", turn.progressed)
-            self._notifier.post("on_done", turn.ended)
-        self._release_waiters()
+            self._notifier.post("on_done", ended)
+        if ended:
+            for waiter in self._waiters:
+                waiter.ended(ended)
+            self._release_waiters()
 
     def _tell(self, turn: _Turn) -> None:
         """Without the lock: call those who wait for the end of one job."""
@@ -313,12 +314,8 @@ class Scheduler:
             self._notifier.drain()
 
     def _on_started(self, turn: _Turn, job: Job, event: Started) -> None:
-        since = event.time - self.epoch
-        if job.state is JobState.QUEUED:
-            job.start(since)
-        job.measured.timestamp_start = since
-        self._note_worker(job, event.worker)
-        turn.touched.append(job)
+        job.start(event.time, event.worker)
+        turn.changed.append(job)
         turn.progressed.append(job)
         if self._job_timeout is not None:
             self._running.pop(job.id, None)
@@ -327,80 +324,55 @@ class Scheduler:
                 self._timeout_scheduled = True
                 self._timers.call_later(self._job_timeout, self._check_timeouts)
 
-    def _has_run(self, turn: _Turn, job: Job) -> None:
-        """It was over so soon that nobody told of its start; the times are in what was measured."""
-        job.start(turn.now)
-        if self._notifier.active:
-            turn.progressed.append(job)
-
     def _on_progress(self, turn: _Turn, job: Job, event: Progress) -> None:
         job.note_progress(event.progress, event.phase)
         turn.progressed.append(job)
 
     def _on_recorded(self, turn: _Turn, job: Job, event: Recorded) -> None:
         job.note_record(event.values)
-        turn.touched.append(job)
+        turn.changed.append(job)
 
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
-        if job.state is JobState.QUEUED:
-            self._has_run(turn, job)
-        self._leave_backend(turn, job, event.measured, event.worker)
-        if self._dooms and self._again(turn, job, None):
-            return
-        self._end(turn, job, JobState.DONE, event.output)
+        self._leave_backend(job)
+        if not (self._dooms and self._again(turn, job, None)):
+            self._end(turn, job, JobState.DONE, event, event.output)
 
     def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
-        if job.state is JobState.QUEUED and event.worker is not None:
-            self._has_run(turn, job)
-        self._leave_backend(turn, job, event.measured, event.worker)
+        self._leave_backend(job)
         if not self._again(turn, job, event.cause):
-            self._end(turn, job, JobState.FAILED, None, event.error, event.cause)
+            self._end(turn, job, JobState.FAILED, event, None, event.error, event.cause)
 
     def _on_cancelled(self, turn: _Turn, job: Job, event: Cancelled) -> None:
-        self._leave_backend(turn, job, None, None)
+        self._leave_backend(job)
         if job.state is not JobState.CANCELLING:
             job.move(JobState.CANCELLING, "interrupted")
         self._end(turn, job, JobState.CANCELLED)
 
     def _on_lost(self, turn: _Turn, job: Job, event: Lost) -> None:
-        self._leave_backend(turn, job, None, None)
+        self._leave_backend(job)
         failures = self._failures.setdefault(job.id, [])
         failures.append(JobCause.LOST)
         too_often = failures.count(JobCause.LOST) > _MAX_LOSSES
         if job.id in self._dooms or job.state is JobState.CANCELLING or too_often:
-            self._end(turn, job, JobState.FAILED, None, ErrorInfo("JobLost", event.reason), JobCause.LOST)
+            self._end(turn, job, JobState.FAILED, None, None, ErrorInfo("JobLost", event.reason), JobCause.LOST)
             return
         # The machine's fault, not the job's: it goes first, and none of its own retries is used up.
         if job.state is JobState.RUNNING:
             job.retry()
-        turn.touched.append(job)
+        turn.changed.append(job)
         self._pending.appendleft(job)
 
-    def _leave_backend(self, turn: _Turn, job: Job, measured: Measured | None, worker: WorkerIdentity | None) -> None:
+    def _leave_backend(self, job: Job) -> None:
         del self._in_backend[job.id]
         if self._running:
             self._running.pop(job.id, None)
-        facts = job.measured
-        if measured is None:
-            if facts.timestamp_start is not None:
-                facts.timestamp_end = turn.now
-        else:
-            start, end, facts.cpu_time, facts.peak_rss = measured
-            facts.timestamp_start = start - self.epoch
-            facts.timestamp_end = end - self.epoch
-        facts.timestamp_gather = turn.now
-        self._note_worker(job, worker)
-
-    def _note_worker(self, job: Job, worker: WorkerIdentity | None) -> None:
-        if worker is not None:
-            facts = job.measured
-            facts.host, facts.pid, facts.worker = worker.host, worker.pid, worker.name
 
     def _end(
         self,
         turn: _Turn,
         job: Job,
         state: JobState,
+        run: Done | Failed | None = None,
         output: Any = None,
         error: ErrorInfo | None = None,
         cause: JobCause | None = None,
@@ -412,16 +384,15 @@ class Scheduler:
             state, error, cause = JobState.CANCELLED, None, None
         elif doom is not None:
             state, error, cause = JobState.FAILED, ErrorInfo("JobTimeout", doom), JobCause.TIMEOUT
-        callbacks = job.finish(state, output=output, error=error, cause=cause)
+        if self._notifier.active and run is not None and job.state is JobState.QUEUED:
+            turn.progressed.append(job)  # it was over so soon that nobody told of its start
+        callbacks = job.finish(state, output, error, cause, run, turn.now)
         if callbacks:
             turn.callbacks.append((job, callbacks))
         del self._out[job_id]
         self._finished[job_id] = job
         if self._failures:
             self._failures.pop(job_id, None)
-        for waiter in self._waiters:
-            waiter.ended(job)
-        turn.touched.append(job)
         turn.ended.append(job)
 
     # -- other attempts -------------------------------------------------------------------------------------------
@@ -441,7 +412,7 @@ class Scheduler:
         self._failures[job.id] = [*failures, cause]
         self._dooms.pop(job.id, None)
         job.retry()
-        turn.touched.append(job)
+        turn.changed.append(job)
         if self._retries.backoff:
             self._timers.call_later(self._retries.backoff * 2.0 ** len(failures), self._requeue, job)
         else:
@@ -468,7 +439,7 @@ class Scheduler:
             sent = job.id in self._in_backend
             if sent:
                 self._dooms[job.id] = reason
-                turn.touched.append(job)
+                turn.changed.append(job)
             else:
                 self._end(turn, job, JobState.CANCELLED)
             self._conclude(turn)
@@ -510,11 +481,11 @@ class Scheduler:
 class _Turn:
     """What one round of events has changed."""
 
-    __slots__ = ("callbacks", "ended", "now", "progressed", "touched")
+    __slots__ = ("callbacks", "changed", "ended", "now", "progressed")
 
     def __init__(self, now: float) -> None:
         self.now = now
-        self.touched: list[Job] = []
+        self.changed: list[Job] = []  # but not ended
         self.progressed: list[Job] = []
         self.ended: list[Job] = []
         self.callbacks: list[tuple[Job, list[Callable[[Job], None]]]] = []

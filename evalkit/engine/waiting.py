@@ -24,8 +24,8 @@ class Waiter:
         self.done = False
         self.jobs: list[Job] = []
 
-    def ended(self, job: Job) -> None:
-        """A job has ended."""
+    def ended(self, jobs: list[Job]) -> None:
+        """These jobs have ended."""
 
     def satisfied(self, finished: int, out: int) -> bool:
         """Whether there is nothing left to wait for.
@@ -82,9 +82,9 @@ class AllWaiter(Waiter):
         self._missing = missing
         self._last = last
 
-    def ended(self, job: Job) -> None:
-        if job.number <= self._last:
-            self._missing -= 1
+    def ended(self, jobs: list[Job]) -> None:
+        last = self._last
+        self._missing -= sum([job.number <= last for job in jobs])
 
     def satisfied(self, finished: int, out: int) -> bool:
         return self._missing <= 0

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from evalkit.job import TERMINAL_STATES, ErrorInfo, JobCause, JobState, is_failed_objective, objective_of
+from evalkit.job import TERMINAL_STATES, ErrorInfo, Job, JobCause, JobState, is_failed_objective, objective_of
 
 __all__ = ["JobRecord", "JobUpdate", "SearchRecord", "Storage", "StorageSpec"]
 
@@ -113,6 +113,17 @@ class JobUpdate:
     worker: str | None = None
     if_version: int | None = None
 
+    @property
+    def ends(self) -> bool:
+        """Whether the record is final after it."""
+        return self.state in TERMINAL_STATES
+
+    @classmethod
+    def of(cls, job: Job) -> JobUpdate:
+        """All of a job as it is now. The state is read first: once it is terminal, all the rest is final."""
+        state = job.state
+        return cls(job.id, state, job.output, job.error, job.cause, job.measured, job.records or None, job.attempt)
+
 
 class Storage(ABC):
     """Where the records of searches live. It knows nothing of backends and evaluators.
@@ -214,6 +225,13 @@ class Storage(ABC):
             VersionConflictError: one of the records is not at ``if_version``.
             FinalStateError: one of the records is terminal.
         """
+
+    def end_jobs(self, jobs: Sequence[Job]) -> None:
+        """Write the ends of jobs of one search, which will not change any more; raises what ``update_jobs`` raises.
+
+        A storage that nobody else sees may keep the handles, and write when it is next read.
+        """
+        self.update_jobs([JobUpdate.of(job) for job in jobs])
 
     @abstractmethod
     def load_jobs(

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from evalkit.errors import SerializationError
-from evalkit.job import JobState
+from evalkit.job import Job, JobState
 from evalkit.storage.base import JobRecord, JobUpdate
 from evalkit.storage.local import LocalStorage
-from evalkit.storage.memory_table import Table, code_of
+from evalkit.storage.memory_table import Table
 from evalkit.storage.naming import (
     check_claim,
     job_not_found,
@@ -24,7 +24,8 @@ class MemoryStorage(LocalStorage[Table]):
 
     Arguments, outputs, metadata and intermediate records are kept **by reference**: the caller hands over mappings that
     it no longer changes (the evaluator copies the user's parameters before). What is loaded is the caller's own: new
-    dicts of the arguments and metadata, with the values in them shared.
+    dicts of the arguments and metadata, with the values in them shared. Jobs that have ended are kept as they are until
+    somebody looks: who never reads the storage does not pay for its columns.
 
     It cannot travel to another process; storages of other schemes (``sqlite:///…``) are shared by URL.
     """
@@ -49,29 +50,20 @@ class MemoryStorage(LocalStorage[Table]):
             return self._search(search_id).create(args_list, owner)
 
     def update_jobs(self, updates: Sequence[JobUpdate]) -> None:
-        codes: list[int | None] = []
-        state: JobState | None = None
-        code: int | None = None
-        searches = set()
-        for update in updates:
-            if update.state is not state:  # it is the same one over most of a batch
-                state = update.state
-                code = None if state is None else code_of(state)
-            codes.append(code)
-            searches.add(update.id.rpartition(".")[0])
+        searches = {update.id.rpartition(".")[0] for update in updates}
         with self._lock:
-            if len(searches) == 1:
-                table = self._table_of_job(updates[0].id)
-                table.write(updates, table.check(updates), codes)
-                return
             batches = []
             for search_id in searches:
-                mine = [i for i, update in enumerate(updates) if update.id.rpartition(".")[0] == search_id]
-                part = [updates[i] for i in mine]
-                table = self._table_of_job(part[0].id)
-                batches.append((table, part, table.check(part), [codes[i] for i in mine]))
-            for table, part, numbers, part_codes in batches:  # all of them were checked: now nothing can fail
-                table.write(part, numbers, part_codes)
+                mine = [update for update in updates if update.id.rpartition(".")[0] == search_id]
+                table = self._table_of_job(mine[0].id)
+                batches.append((table, mine, *table.check(mine)))
+            for table, mine, numbers, codes in batches:  # all of them were checked: now nothing can fail
+                table.write(mine, numbers, codes)
+
+    def end_jobs(self, jobs: Sequence[Job]) -> None:
+        if jobs:
+            with self._lock:
+                self._table_of_job(jobs[0].id).end_later(jobs)
 
     def _table_of_job(self, job_id: str) -> Table:
         table = self._searches.get(job_id.rpartition(".")[0])

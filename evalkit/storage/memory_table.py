@@ -6,6 +6,7 @@ one C-level call a column, and an object a job would cost several times the time
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from bisect import bisect_right
@@ -13,12 +14,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from evalkit.errors import FinalStateError, VersionConflictError
-from evalkit.job import TERMINAL_STATES, ErrorInfo, JobCause, JobState
+from evalkit.errors import FinalStateError, StorageError, VersionConflictError
+from evalkit.job import TERMINAL_STATES, ErrorInfo, Job, JobCause, JobState
 from evalkit.storage.base import JobRecord, JobUpdate
 from evalkit.storage.naming import job_not_found, split_job_id
 
-__all__ = ["Table", "code_of"]
+__all__ = ["Table"]
+
+_log = logging.getLogger("evalkit")
 
 #: The states by code: QUEUED is 0 so that a bytearray finds the next one with memchr; the terminal ones come last.
 _STATES = (JobState.QUEUED, *(state for state in JobState if state not in {*TERMINAL_STATES, JobState.QUEUED}))
@@ -26,11 +29,11 @@ _QUEUED, _RUNNING, _FIRST_TERMINAL = 0, _STATES.index(JobState.RUNNING), len(_ST
 _STATES = (*_STATES, *(state for state in JobState if state in TERMINAL_STATES))
 
 
-def code_of(state: JobState) -> int:
+def _code_of(state: JobState) -> int:
     for code, one in enumerate(_STATES):
         if one is state:  # an Enum hashes and compares in Python code: identity is several times faster
             return code
-    return code_of(JobState(state))
+    return _code_of(JobState(state))
 
 
 class _Ending:
@@ -63,6 +66,7 @@ class Table:
         self._workers: list[str | None] = []
         self._birth = array("d")
         self._endings: dict[int, _Ending] = {}
+        self._unwritten: list[Job] = []  # have ended, and go into the columns before anybody looks at those
         self._counts = [0] * len(_STATES)
         # Each write is a line of the log (its change number, the job); only the last line of a job counts.
         self._last_change = array("q")
@@ -98,11 +102,37 @@ class Table:
         self._log(numbers)
         return ids
 
-    def check(self, updates: Sequence[JobUpdate]) -> list[int]:
-        """Find the rows of a batch, which has not been written yet, and see that all of it can be."""
+    def end_later(self, jobs: Sequence[Job]) -> None:
+        """Write the ends of these jobs before the table is next looked at."""
+        self._unwritten += jobs
+
+    def _catch_up(self) -> None:
+        if not self._unwritten:
+            return
+        ended, self._unwritten = self._unwritten, []
+        updates = [JobUpdate.of(job) for job in ended]
+        try:
+            self.write(updates, *self.check(updates))
+        except StorageError:
+            for update in updates:
+                try:
+                    self.write([update], *self.check([update]))
+                except StorageError as exc:
+                    _log.error("job %s cannot be recorded: %s", update.id, exc)
+
+    def check(self, updates: Sequence[JobUpdate]) -> tuple[list[int], list[int | None]]:
+        """Find the rows of a batch, which has not been written yet, and see that all of it can be.
+
+        Returns:
+            the number of each job, and the code of its new state; None where it stays.
+        """
+        self._catch_up()
         ids, codes, versions = self._ids, self._codes, self._versions
         skip = len(self.id) + 1
         numbers: list[int] = []
+        new_codes: list[int | None] = []
+        state: JobState | None = None
+        code: int | None = None
         conflict: VersionConflictError | None = None
         for update in updates:
             job_id = update.id
@@ -118,11 +148,15 @@ class Table:
             if update.if_version is not None and versions[number] != update.if_version and conflict is None:
                 conflict = VersionConflictError(job_id, update.if_version, versions[number])
             numbers.append(number)
+            if update.state is not state:  # it is the same one over most of a batch
+                state = update.state
+                code = None if state is None else _code_of(state)
+            new_codes.append(code)
         if len(set(numbers)) != len(numbers):
             self._check_repeated(updates, numbers)
         elif conflict is not None:
             raise conflict
-        return numbers
+        return numbers, new_codes
 
     def _check_repeated(self, updates: Sequence[JobUpdate], numbers: list[int]) -> None:
         """Check a batch with several writes to one job: each sees what those before it have written."""
@@ -217,7 +251,8 @@ class Table:
         )
 
     def select(self, ids: Iterable[str] | None, states: Collection[JobState] | None) -> list[JobRecord]:
-        codes = None if states is None else {code_of(state) for state in states}
+        self._catch_up()
+        codes = None if states is None else {_code_of(state) for state in states}
         if ids is not None:
             numbers = sorted({self._number(job_id) for job_id in ids})
             if codes is not None:
@@ -241,9 +276,11 @@ class Table:
             yield number
 
     def count(self) -> dict[JobState, int]:
+        self._catch_up()
         return {state: count for state, count in zip(_STATES, self._counts, strict=True) if count}
 
     def changes(self, cursor: int) -> tuple[list[JobRecord], int]:
+        self._catch_up()
         start = bisect_right(self._log_changes, cursor)
         lines = zip(self._log_changes[start:], self._log_numbers[start:], strict=True)
         last_change = self._last_change
@@ -252,6 +289,7 @@ class Table:
     # -- the queue ------------------------------------------------------------------------------------------------
 
     def claim(self, n: int, worker: str, expires: float) -> list[JobRecord]:
+        self._catch_up()
         codes, requeued = self._codes, self._requeued
         claimed: list[int] = []
         while len(claimed) < n:
@@ -275,6 +313,7 @@ class Table:
         return [self.record(number) for number in claimed]
 
     def renew(self, job_id: str, worker: str, expires: float) -> bool:
+        self._catch_up()
         try:
             number = self._number(job_id)
         except LookupError:
@@ -292,6 +331,7 @@ class Table:
             heapify(self._expiries)
 
     def release(self, now: float) -> list[str]:
+        self._catch_up()
         released: list[int] = []
         while self._expiries and self._expiries[0][0] <= now:
             expires, number = heappop(self._expiries)

@@ -21,7 +21,7 @@ from evalkit.errors import (
     StorageError,
     VersionConflictError,
 )
-from evalkit.job import TERMINAL_STATES, ErrorInfo, JobCause, JobMetadata, JobState
+from evalkit.job import TERMINAL_STATES, ErrorInfo, Job, JobCause, JobMetadata, JobState
 from evalkit.storage import JobRecord, JobUpdate, OpaqueValue, Storage
 from evalkit.testing.storage_fixtures import NEVER, StorageFixtures, load_one
 
@@ -147,6 +147,30 @@ class StorageRecords(StorageFixtures):
         )
         assert record.created > 1e9
         assert record.version == 1
+
+    @pytest.mark.parametrize("look", ["load", "count", "changes", "claim", "update"])
+    def test_the_ends_of_live_jobs_are_there_for_whoever_looks_first(self, jobs: Storage, look: str) -> None:
+        search = jobs.create_search()
+        ended = [Job(job, {}) for job in jobs.create_jobs(search, [{}, {}, {}])[:2]]
+        for job, state in zip(ended, (JobState.DONE, JobState.FAILED), strict=True):
+            job.start(2.0)
+            job.finish(state, {"objective": 1, "metadata": {"layers": 3}}, told=5.0)
+        jobs.end_jobs(ended)
+        if look == "load":
+            records = jobs.load_jobs(search)[:2]
+            assert [record.state for record in records] == [JobState.DONE, JobState.FAILED]
+            assert [record.output for record in records] == [job.output for job in ended]
+            assert [record.metadata for record in records] == [dict(job.metadata) for job in ended]
+        elif look == "count":
+            assert jobs.count_jobs(search) == {JobState.QUEUED: 1, JobState.DONE: 1, JobState.FAILED: 1}
+        elif look == "changes":
+            assert len([record for record in jobs.changes(search)[0] if record.is_complete]) == 2
+        elif look == "claim":
+            assert [record.number for record in jobs.claim_jobs(search, 3, "me", 60.0)] == [2]
+        else:
+            for job in ended:
+                with pytest.raises(FinalStateError):
+                    jobs.update_jobs([JobUpdate(job.id, JobState.RUNNING)])
 
     def test_an_update_writes_what_is_given_and_leaves_the_rest(self, jobs: Storage) -> None:
         (job,) = jobs.create_jobs(jobs.create_search(), [{"x": 1}])

@@ -33,10 +33,9 @@ def ended() -> Ended:
         )
         count += 1
         job.start(2.0)
-        job.measured.timestamp_end = 4.5
         if state is JobState.CANCELLED:
-            job.move(JobState.CANCELLING)
-        job.finish(state, output=output, cause=cause, error=error, stop_message=stop_message)
+            job.move(JobState.CANCELLING, stop_message)
+        job.finish(state, output, error, cause, told=4.5)
         return job
 
     return make

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from evalkit.callbacks import CSVCallback
 from evalkit.callbacks.table import encode_row, records, split_record, unquote, whole_length
-from evalkit.job import Job, JobCause, JobState
+from evalkit.job import Job, JobCause, JobState, WorkerIdentity
 
 Ended = Callable[..., Job]
 
@@ -58,18 +58,19 @@ def path(tmp_path: Path) -> Path:
 
 def test_columns_and_their_order(ended: Ended, path: Path) -> None:
     job = ended({"objective": 0.5, "loss": 2, "metadata": {"gpu": 3}}, args={"lr": 0.1, "layers": 4}, id="s.1.7")
-    job.measured.host = "node1"
+    job.measured.ran_by = WorkerIdentity("node1", 7, "serial-0")
     (row,) = write(path, job)
     assert list(row) == [
         "p:lr", "p:layers", "objective", "o:loss", "search_id", "job_id", "job_status",
-        "m:timestamp_submit", "m:timestamp_start", "m:timestamp_end", "m:host", "m:attempt", "m:duration", "m:gpu",
-        "m:timestamp_gather", "m:pid", "m:worker", "m:cpu_time", "m:peak_rss",
+        "m:timestamp_submit", "m:timestamp_start", "m:timestamp_end", "m:timestamp_gather", "m:host", "m:pid",
+        "m:worker", "m:attempt", "m:duration", "m:gpu", "m:cpu_time", "m:peak_rss",
     ]  # fmt: skip
     known = {name: text for name, text in row.items() if text}
     assert known == {
         "p:lr": "0.1", "p:layers": "4", "objective": "0.5", "o:loss": "2", "search_id": "s.1", "job_id": "7",
         "job_status": "DONE", "m:timestamp_submit": "1.0", "m:timestamp_start": "2.0", "m:timestamp_end": "4.5",
-        "m:host": "node1", "m:attempt": "0", "m:duration": "2.5", "m:gpu": "3",
+        "m:timestamp_gather": "4.5", "m:host": "node1", "m:pid": "7", "m:worker": "serial-0", "m:attempt": "0",
+        "m:duration": "2.5", "m:gpu": "3",
     }  # fmt: skip
 
 
