@@ -109,10 +109,13 @@ class Job:
         "__weakref__",
         "_callbacks",
         "_created",
-        "_facts",
+        "_known",
+        "_measured",
         "_owner",
+        "_ran_by",
         "_said",
         "_state",
+        "_told",
         "args",
         "attempt",
         "cause",
@@ -135,8 +138,11 @@ class Job:
         self._created = created
         self._state = _QUEUED
         self._owner = owner
-        # Of its last run: what was measured, who ran it, when its end was told. Made into a JobMetadata for who asks.
-        self._facts: tuple[Measured, WorkerIdentity | None, float | None] | JobMetadata | None = None
+        # Of its last run, as it was told: a JobMetadata is made of it for who asks.
+        self._measured: Measured | None = None
+        self._ran_by: WorkerIdentity | None = None
+        self._told: float | None = None
+        self._known: JobMetadata | None = None
         self._said = _NOTHING  # until it says something
         self._callbacks: list[Callable[[Job], None]] | None = None
 
@@ -159,8 +165,7 @@ class Job:
     @property
     def status(self) -> JobStatus:
         """A snapshot: state, progress, times."""
-        measured, said, owner = self.measured, self._said, self._owner
-        epoch = 0.0 if owner is None else owner.epoch
+        measured, said, owner, epoch = self.measured, self._said, self._owner, self._epoch
         start, end = measured.timestamp_start, measured.timestamp_end
         now = end if end is not None else measured.timestamp_submit if owner is None else owner.clock()
         return JobStatus(
@@ -212,20 +217,30 @@ class Job:
         return list(self._said.records)
 
     @property
+    def _epoch(self) -> float:
+        return 0.0 if self._owner is None else self._owner.epoch
+
+    @property
     def measured(self) -> JobMetadata:
         """What was measured of it so far; once it has ended, always the same object."""
-        facts = self._facts
-        if isinstance(facts, JobMetadata):
-            return facts
-        if facts is None:
-            measured = JobMetadata(self._created, attempt=self.attempt)
-        else:
-            epoch = 0.0 if self._owner is None else self._owner.epoch
-            measured = JobMetadata.of_run(self._created, epoch, self.attempt, *facts)
+        if self._known is not None:
+            return self._known
+        epoch = self._epoch
+        start, end, cpu_time, peak_rss = self._measured or (None, None, None, None)
+        known = JobMetadata(
+            self._created,
+            None if start is None else start - epoch,
+            None if end is None else end - epoch,
+            self._told,
+            self._ran_by,
+            self.attempt,
+            cpu_time,
+            peak_rss,
+        )
         if self.is_complete:
-            measured.extra = _metadata_in(self.output)
-            self._facts = measured
-        return measured
+            known.extra = _metadata_in(self.output)
+            self._known = known
+        return known
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -311,13 +326,13 @@ class Job:
         """It runs, since ``time`` (seconds since the Unix epoch)."""
         if self._state is not _RUNNING and self._state is not JobState.CANCELLING:
             self.move(_RUNNING)
-        self._facts = (time, None, None, None), ran_by, None
+        self._measured, self._ran_by = (time, None, None, None), ran_by
 
     def retry(self) -> None:
         """Back to the queue for another attempt; what the last one left is dropped, its records stay."""
         self.move(_QUEUED)
         self.attempt += 1
-        self.output = self.error = self.cause = self._facts = None
+        self.output = self.error = self.cause = self._measured = self._ran_by = None
         if self._said is not _NOTHING:
             self._said.progress, self._said.phase = 0.0, ""
 
@@ -350,15 +365,13 @@ class Job:
         self.output = output
         self.error = error
         self.cause = cause
-        if run is not None and measured is not None:
-            self._facts = measured, run.worker, told
-        elif told is not None:
-            self._facts = known = self.measured
-            known.timestamp_gather, known.extra = told, _metadata_in(output)
-            if known.timestamp_start is not None:
-                known.timestamp_end = told
-            if run is not None and run.worker is not None:
-                known.ran_by = run.worker
+        self._told = told
+        if run is not None and run.worker is not None:
+            self._ran_by = run.worker
+        if measured is not None:
+            self._measured = measured
+        elif told is not None and self._measured is not None:
+            self._measured = self._measured[0], self._epoch + told, None, None
         self._state = state
         return [] if self._callbacks is None else self._take_callbacks()
 
@@ -381,7 +394,7 @@ class Job:
         self._state, self.output, self.error, self.cause, self.attempt = state, output, error, cause, attempt
         if records:
             self._say().records = records
-        self._facts = JobMetadata.of(metadata)
+        self._known = JobMetadata.of(metadata)
 
     def note_progress(self, progress: float, phase: str) -> None:
         said = self._say()

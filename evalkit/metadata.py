@@ -83,26 +83,6 @@ class JobMetadata(Mapping[str, Any]):
         self.extra = extra
 
     @classmethod
-    def of_run(
-        cls,
-        submitted: float,
-        epoch: float,
-        attempt: int,
-        measured: Measured,
-        ran_by: WorkerIdentity | None,
-        told: float | None,
-    ) -> JobMetadata:
-        """What is known of a run.
-
-        Args:
-            submitted, told: when its job was submitted, and when the evaluator heard of its end, since ``epoch``.
-            epoch: seconds since the Unix epoch.
-        """
-        start, end, cpu_time, peak_rss = measured
-        ended = None if end is None else end - epoch
-        return cls(submitted, start - epoch, ended, told, ran_by, attempt, cpu_time, peak_rss)
-
-    @classmethod
     def of(cls, values: Mapping[str, Any]) -> JobMetadata:
         """The inverse of ``dict(metadata)``."""
         rest = dict(values)

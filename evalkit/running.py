@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-__all__ = ["Channel", "RunningJob", "call_with_kwargs", "is_coroutine_function", "own_copy"]
+__all__ = ["Channel", "RunningJob", "call_with_kwargs", "is_coroutine_function", "is_plain", "own_copy"]
 
 _SCALARS = frozenset({bool, float, int, str, type(None)})
 _CONTAINERS = frozenset({dict, list, set, tuple})
@@ -128,15 +128,17 @@ def is_coroutine_function(fn: Any) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
+def is_plain(parameters: dict[str, Any]) -> bool:
+    """Whether parameters are nothing but numbers, strings, booleans and None."""
+    return _SCALARS.issuperset(map(type, parameters.values()))
+
+
 def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
     """A copy of parameters that shares no container with them: dicts, lists, tuples and sets are copied at every depth.
 
     Other objects, arrays and instances of subclasses among them, are shared; copying those is not ours to do.
     """
-    for value in parameters.values():
-        if type(value) not in _SCALARS:
-            break
-    else:
+    if is_plain(parameters):
         return parameters.copy()
     memo: dict[int, Any] = {}
     try:

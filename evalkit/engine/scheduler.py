@@ -267,10 +267,9 @@ class Scheduler:
             room = self._backend.capacity - len(in_backend)
             batch: list[Job] = []
             while pending and len(batch) < room:
-                job = pending.popleft()
-                if job.state is JobState.QUEUED:
-                    in_backend[job.id] = job
-                    batch.append(job)
+                first = [pending.popleft() for _ in range(min(room - len(batch), len(pending)))]
+                batch += [job for job in first if job.state is JobState.QUEUED]  # else it was cancelled
+            in_backend.update([(job.id, job) for job in batch])
             return batch
 
     # -- what the backend tells -----------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import pickle
 import socket
 import time
 from collections import deque
+from typing import Any
 
 from evalkit.backends.base import Task
 from evalkit.backends.events import WorkerIdentity
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer
 from evalkit.errors import SerializationError
+from evalkit.running import is_plain
 
 __all__ = ["WorkerLink"]
 
@@ -86,11 +88,42 @@ class WorkerLink:
 
     def give(self, tasks: list[Task]) -> list[tuple[Task, SerializationError]]:
         """Send tasks; return those that do not pickle, with why."""
+        held = len(self.inflight)
+        bad = [] if self._queue_plain(tasks) else self._queue_each(tasks)
+        accepted = len(self.inflight) - held
+        self.given += accepted
+        if accepted and held == 0:
+            self.running_since = time.monotonic()
+        # Nothing is before the first task of an idle worker, so it starts at once; it needs no token.
+        tokens = accepted if held else accepted - 1
+        if tokens > 0:
+            os.write(self._token_write, bytes((self._generation,)) * tokens)
+        self.flush()
+        return bad
+
+    def _queue_plain(self, tasks: list[Task]) -> bool:
+        """Send tasks whose arguments are nothing but small scalars in one pickle; say whether they are.
+
+        Anything else gets a pickle of its own: what two jobs share here, they must not share there.
+        """
+        entries: list[tuple[str, int, dict[str, Any]]] = []
+        for task in tasks:
+            args = task.args
+            if not is_plain(args):
+                return False
+            entries.append((task.id, task.attempt, args))
+        data = pickle.dumps(entries, 5)
+        if len(data) > _BATCH_BYTES:
+            return False
+        self._queue(frame(Kind.TASKS, data, (), not self.inflight))
+        self.inflight.extend(tasks)
+        return True
+
+    def _queue_each(self, tasks: list[Task]) -> list[tuple[Task, SerializationError]]:
+        """Send tasks, each in a pickle of its own; return those that do not pickle, with why."""
         bad: list[tuple[Task, SerializationError]] = []
         pack = Packer("args").pack
-        held = len(self.inflight)
-        # Nothing is before the first task of an idle worker, so it starts at once; it needs no token.
-        granted = held == 0
+        granted = not self.inflight
         small: list[tuple[str, int, bytes]] = []
         small_bytes = 0
         for task in tasks:
@@ -116,14 +149,6 @@ class WorkerLink:
                 self._sizes[task.id] = size
                 self.inflight_bytes += size
         self._queue_small(small, granted)
-        accepted = len(self.inflight) - held
-        self.given += accepted
-        if accepted and held == 0:
-            self.running_since = time.monotonic()
-        tokens = accepted if held else accepted - 1
-        if tokens > 0:
-            os.write(self._token_write, bytes((self._generation,)) * tokens)
-        self.flush()
         return bad
 
     def _queue_small(self, tasks: list[tuple[str, int, bytes]], granted: bool) -> bool:

@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
@@ -116,8 +117,7 @@ class ProcessBackend(Backend):
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
         with self._lock:
-            for task in tasks:
-                self._backlog[task.id] = task
+            self._backlog.update([(task.id, task) for task in tasks])
             self._fill()
             wake = any(link.wants_write or len(link.inflight) > 1 for link in self._crew.links.values())
         if wake:  # there is something to write, or, some time, to steal
@@ -199,7 +199,7 @@ class ProcessBackend(Backend):
             tasks = list(backlog.values())
             backlog.clear()
         else:
-            ids = [job_id for job_id, _ in zip(backlog, range(count), strict=False)]
+            ids = list(islice(backlog, count))
             tasks = [backlog.pop(job_id) for job_id in ids]
         idle = not link.inflight
         for task, exc in link.give(tasks):

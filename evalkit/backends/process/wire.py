@@ -26,7 +26,7 @@ class Kind(IntEnum):
 
     # pool -> worker
     SETUP = 0  # what to run and how
-    TASKS = 1  # [(id, attempt, pickled args), ...]
+    TASKS = 1  # [(id, attempt, args), ...], with args as they are, or pickled
     LARGE_TASK = 2  # (id, attempt, args), with buffers
     STOP = 3  # id: ask this job to stop
     DROP = 4  # (n, generation): forget the last n tasks
@@ -93,14 +93,14 @@ class FrameReader:
 
     def _cut(self) -> list[Frame]:
         frames: list[Frame] = []
-        view, start, end = self._view, self._start, self._end
+        buffer, view, start, end = self._buffer, self._view, self._start, self._end
         header_size, unpack = _HEADER.size, _HEADER.unpack_from
         while end - start >= header_size:
             kind, granted, count, length = unpack(view, start)
             body = start + header_size
             if count == 0 and length <= end - body:
                 start = body + length
-                frames.append((kind, granted, bytes(view[body:start]), ()))
+                frames.append((kind, granted, buffer[body:start], ()))
                 continue
             lengths_end = body + count * _LENGTH.size
             if count == 0 and length <= _CHUNK - header_size:

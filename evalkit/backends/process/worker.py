@@ -105,16 +105,20 @@ class _Worker:
         self._channel = _Channel(self)
         self._runner: asyncio.Runner | None = None
         self._peak = PeakMemory()
-        self._pid = os.getpid()
+        self._is_fork = False  # of the worker, made by the user's function: the socket is not its own
+        os.register_at_fork(after_in_child=self._note_fork)
         self._state: Any = None
         self._packer = Packer("output")
         self._quit = False
 
+    def _note_fork(self) -> None:
+        self._is_fork = True
+
     # -- messages -------------------------------------------------------------------------------------------------
 
     def send(self, kind: int, payload: bytes, buffers: Any = ()) -> None:
-        if os.getpid() != self._pid:
-            return  # a child that the user's function forked: the socket is not its own
+        if self._is_fork:
+            return
         with self._sending:
             for part in frame(kind, payload, buffers):
                 self._sock.sendall(part)
@@ -142,7 +146,7 @@ class _Worker:
 
     def poll_stop(self, job_id: str) -> bool:
         """Read what has arrived without waiting; say whether the pool asks this job to stop."""
-        if os.getpid() != self._pid:
+        if self._is_fork:
             return False
         # Who does not get the lock need not read: another thread is at it.
         if self._receiving.acquire(blocking=False):
@@ -215,24 +219,24 @@ class _Worker:
             self.send(Kind.UNFIT, pickle.dumps(describe(exc), 5))
             self._quit = True
             return
-        self.send(Kind.READY, pickle.dumps(self._pid, 5))
+        self.send(Kind.READY, pickle.dumps(os.getpid(), 5))
 
     def _work(self, job_id: str, attempt: int, args: Any) -> None:
         self._channel.begin(job_id)
         start, cpu = time.time(), time.process_time()
         try:
             try:
-                parameters = pickle.loads(args) if type(args) is bytes else loads(*args)
+                parameters = _rebuilt(args)
             except BaseException as exc:
                 exc.add_note("The arguments of the job could not be rebuilt in the worker.")
                 raise
             job = RunningJob(parameters, job_id, attempt, self._channel, self._state)
             output = self._call(job)
-            if os.getpid() != self._pid:
-                os._exit(0)  # the user's function forked, and this is the child
+            if self._is_fork:
+                os._exit(0)
             kind, value = Kind.DONE, output
         except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit too
-            if os.getpid() != self._pid:
+            if self._is_fork:
                 os._exit(1)
             kind, value = Kind.FAILED, describe(exc)
         end = time.time()
@@ -264,6 +268,14 @@ class _Worker:
             sys.stderr.flush()
         except (OSError, ValueError, AttributeError):
             pass  # closed, or replaced by the user's function
+
+
+def _rebuilt(args: Any) -> dict[str, Any]:
+    """Arguments from what they travelled as."""
+    if type(args) is dict:
+        return args
+    parameters: dict[str, Any] = pickle.loads(args) if type(args) is bytes else loads(*args)
+    return parameters
 
 
 def main(sock: socket.socket, tokens: int) -> int:
