@@ -46,7 +46,9 @@ class AsyncBackend(Backend):
         self._tasks: deque[Task] = deque()
         self._lock = threading.Lock()
         self._events: list[Event] = []
+        self._begun: dict[str, float] = {}  # what runs, and nobody was told of: id -> since when
         self._events_since = 0.0
+        self._flush_due = False
         self._running: dict[str, asyncio.Task[None]] = {}
         self._lanes: set[asyncio.Task[None]] = set()
         self._stopped = False
@@ -163,10 +165,12 @@ class AsyncBackend(Backend):
                 task = self._tasks.popleft()
             job_id = task.id
             self._running[job_id] = me
-            start = time.time()
-            self._note(Started(job_id, start, self._worker))
+            self._begun[job_id] = start = time.time()
             if not brief:  # it may keep the loop for a while, and its time counts from now
                 self._flush()
+            elif not self._flush_due:
+                self._flush_due = True
+                self._loop.call_soon(self._flush)
             try:
                 job = RunningJob(own_copy(task.args), job_id, task.attempt, self._channel)
                 output = await self.execute(job)
@@ -183,6 +187,7 @@ class AsyncBackend(Backend):
                 return  # killed, and told of already
             del self._running[job_id]
             self._channel.forget(job_id)
+            self._begun.pop(job_id, None)  # its end tells that it ran
             self._note(end)
             brief = time.time() - start < _BRIEF
 
@@ -211,12 +216,19 @@ class AsyncBackend(Backend):
         now = time.monotonic()
         if not self._events:
             self._events_since = now
-            self._loop.call_soon(self._flush)
+            if not self._flush_due:
+                self._flush_due = True
+                self._loop.call_soon(self._flush)
         self._events.append(event)
         if now - self._events_since > _HOLD:
             self._flush()
 
     def _flush(self) -> None:
+        self._flush_due = False
+        if self._begun:
+            worker = self._worker
+            self._events[:0] = [Started(job_id, since, worker) for job_id, since in self._begun.items()]
+            self._begun = {}
         if self._events:
             events, self._events = self._events, []
             self._emit(events)

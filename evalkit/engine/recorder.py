@@ -100,8 +100,8 @@ class Recorder:
             written = 0
             try:
                 # Who has ended since it was noted has its end noted as well, and a record takes only one.
-                live = [update for job in changed.values() if not (update := JobUpdate.of(job)).ends]
-                self._write_some(live, self._storage.update_jobs)
+                live = [JobUpdate.of(job) for job in changed.values() if not job.is_complete]
+                self._write_some([update for update in live if not update.ends], self._storage.update_jobs)
                 changed = {}
                 for first in range(0, len(ended), _SLICE):
                     self._write_some(ended[first : first + _SLICE], self._storage.end_jobs)

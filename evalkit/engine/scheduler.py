@@ -255,7 +255,7 @@ class Scheduler:
                             self._backend.cancel(job.id, kill=False)
             finally:
                 self._dispatching.release()
-            if not batch and not self._pump_again:
+            if not (self._pump_again or (batch and self._pending)):
                 return
 
     def _next_batch(self) -> list[Job]:
@@ -338,6 +338,8 @@ class Scheduler:
 
     def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
         self._leave_backend(job)
+        if job.state is JobState.QUEUED and event.measured is not None:
+            job.start(event.measured[0], event.worker)  # over so soon that nobody told of its start
         if not self._again(turn, job, event.cause):
             self._end(turn, job, JobState.FAILED, event, None, event.error, event.cause)
 
