@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-__all__ = ["Channel", "RunningJob", "call_with_kwargs", "is_coroutine_function", "is_plain", "own_copy"]
+__all__ = ["SCALARS", "Channel", "RunningJob", "call_with_kwargs", "is_coroutine_function", "is_plain", "own_copy"]
 
-_SCALARS = frozenset({bool, float, int, str, type(None)})
+#: The types of plain values, which nobody can change and every way of travelling takes as they are.
+SCALARS = frozenset({bool, float, int, str, type(None)})
 _CONTAINERS = frozenset({dict, list, set, tuple})
 
 
@@ -130,7 +131,7 @@ def is_coroutine_function(fn: Any) -> bool:
 
 def is_plain(parameters: dict[str, Any]) -> bool:
     """Whether parameters are nothing but numbers, strings, booleans and None."""
-    return _SCALARS.issuperset(map(type, parameters.values()))
+    return SCALARS.issuperset(map(type, parameters.values()))
 
 
 def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
     if kind is set:  # what is in it is hashable, so it does not change
         memo[id(value)] = copy = value.copy()
         return copy
-    if _SCALARS.issuperset(map(type, value.values() if kind is dict else value)):
+    if SCALARS.issuperset(map(type, value.values() if kind is dict else value)):
         memo[id(value)] = flat = value if kind is tuple else value.copy()
         return flat
     if kind is dict:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import IntEnum
 
 __all__ = ["Frame", "FrameReader", "Kind", "frame"]
@@ -44,13 +44,12 @@ class Kind(IntEnum):
 Frame = tuple[int, int, bytes | bytearray, tuple[memoryview, ...]]
 
 
-def frame(kind: int, payload: bytes, buffers: Iterable[memoryview] = (), granted: int = 0) -> list[bytes | memoryview]:
+def frame(kind: int, payload: bytes, buffers: Sequence[memoryview] = (), granted: int = 0) -> list[bytes | memoryview]:
     """The parts of a frame, in the order in which they go on the wire."""
-    buffers = list(buffers)
-    head = _HEADER.pack(kind, granted, len(buffers), len(payload))
-    if not buffers:
+    if not buffers and len(payload) < _CHUNK:
         # One small copy is cheaper than one more buffer in the system call.
-        return [head + payload] if len(payload) < _CHUNK else [head, payload]
+        return [_HEADER.pack(kind, granted, 0, len(payload)) + payload]
+    head = _HEADER.pack(kind, granted, len(buffers), len(payload))
     return [head + b"".join(_LENGTH.pack(buffer.nbytes) for buffer in buffers), payload, *buffers]
 
 

@@ -25,7 +25,7 @@ from evalkit.backends.execution import PeakMemory, describe
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
-from evalkit.running import RunningJob, is_coroutine_function
+from evalkit.running import SCALARS, RunningJob, is_coroutine_function
 
 __all__ = ["main"]
 
@@ -244,7 +244,10 @@ class _Worker:
         self._channel.end()
         self._stop.discard(job_id)
         self._flush_output()
-        if kind == Kind.DONE:
+        buffers: list[memoryview] = []
+        if kind == Kind.DONE and type(value) in SCALARS:
+            data = pickle.dumps((value, measured), 5)
+        elif kind == Kind.DONE:
             try:
                 data, buffers = self._packer.pack((value, measured))
             except SerializationError as exc:
@@ -252,7 +255,7 @@ class _Worker:
                 cause = exc.__cause__ or exc
                 kind, value = Kind.FAILED, describe(explain(value, "output", cause))
         if kind == Kind.FAILED:
-            data, buffers = pickle.dumps((value, measured), 5), []
+            data = pickle.dumps((value, measured), 5)
         self.send(kind, data, buffers)
 
     def _call(self, job: RunningJob) -> Any:
