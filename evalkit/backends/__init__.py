@@ -20,6 +20,7 @@ from evalkit.backends.events import (
 
 if TYPE_CHECKING:
     from evalkit.backends.asynchronous import AsyncBackend
+    from evalkit.backends.chunk import Program
     from evalkit.backends.executor import ExecutorBackend, Fault, Reach
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
 
@@ -36,6 +37,7 @@ __all__ = [
     "Failed",
     "Fault",
     "Lost",
+    "Program",
     "Progress",
     "Reach",
     "Recorded",
@@ -51,6 +53,7 @@ _MODULES = {
     "AsyncBackend": "asynchronous",
     "ExecutorBackend": "executor",
     "Fault": "executor",
+    "Program": "chunk",
     "Reach": "executor",
     "SideChannel": "side_channel",
     "SideChannelClient": "side_channel",

@@ -225,6 +225,11 @@ class ExecutorBackend(Backend):
         return Program(dumps(setup, "setup", in_band=True)[0])
 
     @property
+    def executor(self) -> Executor | None:
+        """The one that is used now."""
+        return self._executor
+
+    @property
     def program(self) -> Program:
         """What every call is given, for engines that can hold it in their workers."""
         return self._program
@@ -265,6 +270,8 @@ class ExecutorBackend(Backend):
     def stop(self, grace: float) -> None:
         deadline = time.monotonic() + grace
         with self._lock:
+            if self._stopping:
+                return  # when the program ended
             self._stopping = True
             for queue in (self._waiting, self._alone, self._suspects):
                 queue.clear()
