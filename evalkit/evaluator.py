@@ -131,6 +131,7 @@ class Evaluator:
             self._closing = threading.Lock()
             self._awaiter: Awaiter | None = None
             bound = partial(run_function, **run_function_kwargs) if run_function_kwargs else run_function
+            backend.job_timeout = job_timeout
             backend.start(bound, self._scheduler.emit)
         except BaseException:
             if self._owns_storage:

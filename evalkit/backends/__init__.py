@@ -20,7 +20,9 @@ from evalkit.backends.events import (
 
 if TYPE_CHECKING:
     from evalkit.backends.asynchronous import AsyncBackend
-    from evalkit.backends.executor import ExecutorBackend
+    from evalkit.backends.chunk import Program
+    from evalkit.backends.executor import ExecutorBackend, Fault, Reach
+    from evalkit.backends.side_channel import SideChannel, SideChannelClient
 
 __all__ = [
     "AsyncBackend",
@@ -33,16 +35,29 @@ __all__ = [
     "Event",
     "ExecutorBackend",
     "Failed",
+    "Fault",
     "Lost",
+    "Program",
     "Progress",
+    "Reach",
     "Recorded",
     "RunFunction",
+    "SideChannel",
+    "SideChannelClient",
     "Started",
     "Task",
     "WorkerIdentity",
 ]
 
-_MODULES = {"AsyncBackend": "asynchronous", "ExecutorBackend": "executor"}
+_MODULES = {
+    "AsyncBackend": "asynchronous",
+    "ExecutorBackend": "executor",
+    "Fault": "executor",
+    "Program": "chunk",
+    "Reach": "executor",
+    "SideChannel": "side_channel",
+    "SideChannelClient": "side_channel",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -98,6 +98,9 @@ class Backend(ABC):
     capabilities = Capabilities()
     #: Whether a thread that gathers has to lend itself: the evaluator then calls :meth:`step` while it waits.
     runs_in_caller = False
+    #: Seconds that a run may take, None for no limit; set before :meth:`start`. The evaluator sees to it by itself, by
+    #: :meth:`cancel`; a backend may want to keep jobs apart that may have to be ended.
+    job_timeout: float | None = None
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers

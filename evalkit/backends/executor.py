@@ -1,78 +1,238 @@
-"""ExecutorBackend: the door for engines that offer a ``concurrent.futures.Executor``."""
+"""ExecutorBackend: the door for engines that offer a ``concurrent.futures.Executor``.
+
+::
+
+    dispatch ──▶ waiting ──chunks──▶ calls, one for each worker ──▶ executor ══▶ worker (chunk.py)
+                    ▲                   │        ▲                                  │
+                    ├─ given back ◀─────┤        └── result of the call ◀───────────┤
+                    └─ suspects, alone ◀┘            messages ◀── side channel ◀────┘
+
+No more calls are in the executor than it has workers, so what is in it runs, and what waits is in our hands: it can be
+cancelled, and goes to whoever is free first. The next call goes out before the result of the last one is read.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import logging
+import os
+import pickle
 import threading
 import time
+import weakref
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Progress, Recorded, Started
-from evalkit.backends.execution import LocalChannel, describe, failed, identity, run
-from evalkit.backends.serialization import dumps, explain, loads
+from evalkit.backends.batching import ChunkSizer
+from evalkit.backends.chunk import Program, Setup
+from evalkit.backends.chunk_wire import Kind, Message, Outcome, pack_task, read_saying
+from evalkit.backends.events import Cancelled, Event, Failed, Lost, Started
+from evalkit.backends.execution import check_worker_init, describe, failed
+from evalkit.backends.loopback import LoopbackChannel
+from evalkit.backends.serialization import dumps
+from evalkit.backends.side_channel import DirectChannel, SideChannel
 from evalkit.errors import BackendError, SerializationError
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
-__all__ = ["ExecutorBackend"]
+__all__ = ["ExecutorBackend", "Fault", "Reach"]
+
+_log = logging.getLogger("evalkit")
+
+_MAX_CHUNK_BYTES = 2**20  # of arguments; who sends more in one job sends that job alone
+_DRAIN = 2.0  # seconds that the last words of a dead worker may take
+_LATE = 10.0  # seconds that a result waits for messages which were sent before it
+_EXIT_GRACE = 2.0  # seconds that jobs have when the program ends without a close
+
+
+class Reach(Enum):
+    """How far a fault goes."""
+
+    #: The executor is broken: every call in it fails, and another executor is made.
+    EXECUTOR = "executor"
+    #: This call failed, and no other.
+    CALL = "call"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What the exception of a call says that is not of the jobs' own making; see :meth:`ExecutorBackend.blame`.
+
+    Attributes:
+        reach: what else is affected.
+        cause: of the job that is to blame: CRASH, MEMORY or EXCEPTION. With LOST nobody is: the jobs run again.
+        error: what that job fails with.
+    """
+
+    reach: Reach
+    cause: JobCause
+    error: ErrorInfo
 
 
 class ExecutorBackend(Backend):
     """A backend of which an author writes ``make_executor()``; all the rest is here.
 
     Functions, arguments and outputs travel as evalkit's own pickles (by value where they cannot be imported), unless
-    the workers share this process' memory (``capabilities.same_memory``). An executor cannot end a running job: one
-    that is to be killed is abandoned, and keeps its worker until it returns. When an executor breaks
-    (``BrokenExecutor``), another is made, and the jobs that were in it run again one at a time, so that the one that
-    breaks it is known and the others finish.
+    the workers share this process' memory (``capabilities.same_memory``). An executor carries bytes, and is given
+    ``submit(program, chunk)`` and no more: at most as many calls at once as there are workers, and each starts at once.
+
+    Cheap jobs travel together in a call, so that its cost is a small part of the time. How many follows what calls and
+    jobs are measured to take. Jobs that are known to be slow, and all jobs where there is a ``job_timeout``, travel
+    alone; a job that turns out to be slow gives back the jobs behind it. Chunks need a side channel
+    (:meth:`make_channel`), over which what has ended is told after ``hold`` seconds, and progress, records and requests
+    to stop flow while a call runs; a backend that has one says ``streams=True``.
+
+    When an executor breaks (``BrokenExecutor``), another is made, and the jobs that were running in it run again one at
+    a time, so that the one that breaks it is known and the others finish. What had ended in a chunk and was told is not
+    among them. An author whose engine knows more overrides :meth:`blame`, and one that can end a job :meth:`kill`.
+
+    Args:
+        num_workers: how many calls run at once.
+        worker_init: called once in each worker (process, or thread where they share our memory) before its first job;
+            what it returns is ``job.worker_state``.
+        batching: whether several jobs may travel in a call.
+        hold: seconds that a result may be held back by others of its call, as long as these let other threads of their
+            process run.
     """
 
-    capabilities = Capabilities(by_value=True)
+    capabilities = Capabilities(by_value=True, streams=True)
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        worker_init: Callable[[], Any] | None = None,
+        batching: bool = True,
+        hold: float = 0.010,
+    ) -> None:
         super().__init__(num_workers)
+        check_worker_init(worker_init)
+        if type(batching) is not bool:
+            raise TypeError(f"batching takes True or False, not {batching!r}")
+        if not isinstance(hold, int | float) or not 0.001 <= hold <= 3600:
+            raise ValueError(f"hold takes seconds, at least 0.001, not {hold!r}")
+        self._worker_init = worker_init
+        self._batching = batching
+        self._hold = float(hold)
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)  # a call has left
         self._waiting: deque[Task] = deque()
-        # In order of submission. Whoever takes an entry out tells of the end of that run.
-        self._futures: dict[str, tuple[Future[Any], Task]] = {}
-        self._started: set[str] = set()
-        self._fallen: list[Task] = []  # in the executor when it broke
-        self._suspects: deque[Task] = deque()  # to run alone
-        self._trial: str | None = None  # the suspect that runs alone now
+        self._alone: deque[Task] = deque()  # to travel alone, since one of them is to blame for the end of a call
+        self._suspects: deque[Task] = deque()  # to run with nothing else in the executor
+        self._trial = False  # a suspect runs
+        self._fallen: list[tuple[_Call, Fault]] = []  # were in an executor when it broke
+        self._calls: dict[int, _Call] = {}  # by the number of their first run
+        self._busy = 0  # calls that hold a worker
+        self._next_number = 0
         self._executor: Executor | None = None
+        self._watched: Executor | None = None  # its wait at the end of the program comes after our stop
         self._stopping = False
+        self._faults: SimpleQueue[tuple[_Call, BaseException] | None] = SimpleQueue()
+        self._mender: threading.Thread | None = None
+
+    # -- what an author writes ------------------------------------------------------------------------------------
 
     @abstractmethod
     def make_executor(self) -> Executor:
-        """A new executor with ``num_workers`` workers. Called at the start, and again whenever one has broken."""
+        """A new executor with ``num_workers`` workers. Called at the start, and again whenever one has broken.
 
-    @property
-    def capacity(self) -> int:
-        # One waits behind each that runs, so that no worker waits for the evaluator.
-        return 2 * self.num_workers
+        What it raises at the start is raised by ``Evaluator.create``.
+        """
+
+    def make_channel(self) -> SideChannel | None:
+        """The way back while calls run, made once at the start; None if there is none, and then each job travels alone.
+
+        By default it is direct where the workers share our memory, a socket on the loopback interface where they are on
+        this machine, and there is none where the backend says that it spans nodes.
+        """
+        if self.capabilities.same_memory:
+            return DirectChannel()
+        return None if self.capabilities.spans_nodes else LoopbackChannel()
+
+    @staticmethod
+    def worker_name() -> str:
+        """The name of the worker in which this is called, as it is in the metadata of its jobs."""
+        return f"worker-{os.getpid()}"
+
+    def blame(self, exc: BaseException) -> Fault:
+        """What an exception with which a call ended means: it is the engine's, since those of jobs are results.
+
+        By default, ``BrokenExecutor`` means that the executor is broken, and everything else is the fault of a job.
+        """
+        if isinstance(exc, BrokenExecutor):
+            return Fault(Reach.EXECUTOR, JobCause.CRASH, ErrorInfo("WorkerDied", f"the worker it ran in died: {exc}"))
+        return Fault(Reach.CALL, JobCause.EXCEPTION, describe(exc))
+
+    def kill(self, future: Future[Any]) -> bool:
+        """End what runs in this call, now, by force; say whether that is done. Its future then ends with an exception.
+
+        By default nothing can be ended: the job is abandoned, and keeps its worker until it returns.
+        """
+        return False
+
+    def shut_executor(self, executor: Executor, grace: float) -> None:
+        """Let an executor go, whatever still runs in it.
+
+        Args:
+            grace: seconds that this may wait for workers that have nothing to do; 0 for one that is broken.
+        """
+        executor.shutdown(wait=False, cancel_futures=True)
 
     # -- what the evaluator calls ---------------------------------------------------------------------------------
 
+    @property
+    def capacity(self) -> int:
+        # As much again waits behind what runs, so that no worker waits for the evaluator.
+        return 2 * self.num_workers * self._sizer.size
+
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self._emit = emit
-        self._channel = LocalChannel(emit)
         self._unfit: ErrorInfo | None = None
-        self._run: Any = partial(_run_here, run_function, self._channel)
-        if not self.capabilities.same_memory:
-            try:
-                self._run = partial(_run_there, dumps(run_function, "run_function", function=True)[0])
-            except SerializationError as exc:
-                self._unfit = describe(exc)
+        self._channel = self.make_channel()
+        # Without a way to tell what has ended, and to give back what waits, one slow job would keep its mates.
+        self._sizer = ChunkSizer(self._batching and self._channel is not None and self.job_timeout is None)
+        self._program = self._make_program(run_function)
         try:
+            if self._channel is not None:
+                self._channel.start(self._receive)
             self._executor = self.make_executor()
-        except Exception as exc:
+        except BaseException as exc:
+            self._release()
+            if isinstance(exc, BackendError) or not isinstance(exc, Exception):
+                raise
             raise BackendError(f"{type(self).__name__} cannot start: {type(exc).__name__}: {exc}") from exc
+
+    def _make_program(self, run_function: RunFunction) -> Program:
+        client = None if self._channel is None else self._channel.client
+        if self.capabilities.same_memory:
+            name = _name_of_thread
+            return Program(Setup(run_function, self._worker_init, name, client, self._hold))
+        pickles = []
+        for value, name_of_value in ((run_function, "run_function"), (self._worker_init, "worker_init")):
+            try:
+                pickles.append(dumps(value, name_of_value, function=True)[0])
+            except SerializationError as exc:
+                self._unfit = describe(exc)  # the jobs fail with this, one by one; a failed job is a result
+                pickles.append(b"")
+        setup = Setup(pickles[0], pickles[1], self.worker_name, client, self._hold)
+        return Program(dumps(setup, "setup", in_band=True)[0])
+
+    @property
+    def executor(self) -> Executor | None:
+        """The one that is used now."""
+        return self._executor
+
+    @property
+    def program(self) -> Program:
+        """What every call is given, for engines that can hold it in their workers."""
+        return self._program
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
         with self._lock:
@@ -81,227 +241,432 @@ class ExecutorBackend(Backend):
 
     def cancel(self, job_id: str, kill: bool) -> None:
         with self._lock:
-            for queue in (self._waiting, self._suspects):
-                waits = next((task for task in queue if task.id == job_id), None)
-                if waits is not None:
-                    queue.remove(waits)
-                    break
-            else:
-                waits = None
-            future = self._futures[job_id][0] if job_id in self._futures else None
-        if waits is not None or (future is not None and future.cancel() and self._forget(job_id, future)):
+            dropped = any(_remove(queue, job_id) for queue in (self._waiting, self._alone, self._suspects))
+            call, index = (None, 0) if dropped else self._find(job_id)
+            if call is not None:
+                call.ask_to_stop(index, self._channel)
+                if kill:
+                    call.doomed.add(index)
+        if dropped:
             self._emit([Cancelled(job_id)])
-        elif future is not None:
-            self._channel.request_stop(job_id)
-            if kill and self._forget(job_id, future):
-                error = ErrorInfo("Abandoned", "an executor cannot end a running job, so it was abandoned")
-                self._emit([Failed(job_id, JobCause.LOST, error)])
+        elif call is not None and call.future is not None and kill and not self.kill(call.future):
+            self._abandon(call, index)
         self._send()
+
+    def _find(self, job_id: str) -> tuple[_Call | None, int]:
+        for call in self._calls.values():
+            for index, task in call.tasks.items():
+                if task.id == job_id:
+                    return call, index
+        return None, 0
+
+    def _abandon(self, call: _Call, index: int) -> None:
+        with self._lock:
+            task = call.tasks.pop(index, None)
+        if task is not None:
+            error = ErrorInfo("Abandoned", "this backend cannot end a running job, so it was abandoned")
+            self._emit([Failed(task.id, JobCause.LOST, error)])
 
     def stop(self, grace: float) -> None:
         deadline = time.monotonic() + grace
         with self._lock:
+            if self._stopping:
+                return  # when the program ended
             self._stopping = True
-            self._waiting.clear()
-            self._suspects.clear()
-            futures = [future for future, _ in self._futures.values()]
-            for job_id in self._futures:
-                self._channel.request_stop(job_id)
-        for future in futures:
-            future.cancel()
-        for future in futures:
-            if not future.cancelled():
-                _wait(future, deadline - time.monotonic())
+            for queue in (self._waiting, self._alone, self._suspects):
+                queue.clear()
+            for call in self._calls.values():
+                for index in call.tasks:
+                    call.ask_to_stop(index, self._channel)
+            self._settled.wait_for(lambda: not any(call.tasks for call in self._calls.values()), grace)
+            left = [call.future for call in self._calls.values() if call.future is not None]
+        for future in left:
+            self.kill(future)
         if self._executor is not None:
-            self.shut_executor(self._executor)
+            self.shut_executor(self._executor, max(1.0, deadline - time.monotonic()))
+            self._executor = None
+        self._release()
 
-    def shut_executor(self, executor: Executor) -> None:
-        """Let an executor go without waiting for what still runs in it. Override it where the engine can do more."""
-        executor.shutdown(wait=False, cancel_futures=True)
+    def _release(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._program.discard()
+        if self._mender is not None:
+            self._faults.put(None)
 
-    # -- sending and receiving ------------------------------------------------------------------------------------
+    # -- sending --------------------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        """Submit what may be submitted."""
+        """Fill the workers that are free."""
         while True:
+            events: list[Event] = []
             with self._lock:
-                task = self._next()
-                if task is None:
+                tasks = self._take_next()
+                if not tasks:
                     return
-                events: list[Event] = []
-                future = self._submit(task, events)
-                if future is not None:
-                    self._futures[task.id] = (future, task)
-                    events += self._newly_started()
-            self._emit(events)
-            if future is not None:
-                future.add_done_callback(partial(self._ended, task))
+                call = self._submit(tasks, events)
+            if events:
+                self._emit(events)
+            if call is not None and call.future is not None:
+                call.future.add_done_callback(partial(self._ended, call))
 
-    def _next(self) -> Task | None:
-        """With the lock: the task to submit now, if any."""
-        if self._stopping or self._fallen:
-            return None
+    def _take_next(self) -> list[Task]:
+        """With the lock: the jobs that go out in the next call, if one may go out."""
+        if self._stopping or self._fallen or self._trial or self._busy >= self.num_workers:
+            return []
         if self._suspects:
-            if self._futures:
-                return None
-            self._trial = self._suspects[0].id
-            return self._suspects.popleft()
-        if self._trial is not None or not self._waiting:
-            return None
-        return self._waiting.popleft()
+            if self._busy:
+                return []
+            self._trial = True
+            return [self._suspects.popleft()]
+        if self._alone:
+            return [self._alone.popleft()]
+        if not self._waiting:
+            return []
+        count = min(len(self._waiting), self._sizer.share(len(self._waiting), self.num_workers))
+        return [self._waiting.popleft() for _ in range(count)]
 
-    def _submit(self, task: Task, events: list[Event]) -> Future[Any] | None:
-        """With the lock: hand a task to the executor; None, and an event, if that cannot be."""
+    def _submit(self, tasks: list[Task], events: list[Event]) -> _Call | None:
+        """With the lock: make a call of these jobs; what cannot be sent is in the events."""
         if self._unfit is not None:
-            events.append(Failed(task.id, JobCause.EXCEPTION, self._unfit))
+            events += [Failed(task.id, JobCause.EXCEPTION, self._unfit) for task in tasks]
+            self._trial = False
             return None
+        call = _Call(self._next_number)
         same_memory = self.capabilities.same_memory
-        try:
-            args = own_copy(task.args) if same_memory else dumps(task.args, "args", in_band=True)[0]
-        except SerializationError as exc:
-            events.append(failed(task.id, exc, None, None))
-            return None
-        for executor in (self._executor, None):
+        entries = []
+        total = 0
+        for position, task in enumerate(tasks):
+            if total > _MAX_CHUNK_BYTES:
+                self._waiting.extendleft(reversed(tasks[position:]))
+                break
             try:
-                return self._executor_or_new(executor).submit(self._run, task.id, task.attempt, args)
-            except RuntimeError as exc:  # it is broken, or was shut down behind our back: once more on a new one
+                entry, size = pack_task(position, task, same_memory)
+            except SerializationError as exc:
+                events.append(failed(task.id, exc, None, None))
+                continue
+            entries.append(entry)
+            call.tasks[position] = task
+            total += size
+        if not entries:
+            self._trial = False
+            return None
+        chunk = (call.number, entries)
+        call.jobs = len(entries)
+        call.future = self._submit_chunk(chunk if same_memory else pickle.dumps(chunk, 5), call, events)
+        if call.future is None:
+            self._trial = False
+            return None
+        self._next_number += len(tasks)
+        self._calls[call.number] = call
+        self._busy += 1
+        if self._channel is None:
+            # Nobody will tell, and there is a worker for it.
+            now = time.time()
+            events += [Started(task.id, now) for task in call.tasks.values()]
+            call.started |= call.tasks.keys()
+        return call
+
+    def _submit_chunk(self, chunk: Any, call: _Call, events: list[Event]) -> Future[Any] | None:
+        error = None
+        for _ in range(2):
+            executor = self._executor
+            try:
+                if executor is None:
+                    executor = self._executor = self.make_executor()
+                call.executor = executor
+                call.sent = time.perf_counter()
+                future = executor.submit(self._program, chunk)
+            except Exception as exc:  # noqa: BLE001 - it is broken, or was shut down behind our back: a new one, once
                 error = describe(exc)
-        events.append(Failed(task.id, JobCause.LOST, error))
+                self._executor = None
+                if executor is not None:
+                    self._let_go(executor)
+            else:
+                self._watch_exit(executor)
+                return future
+        if error is not None:
+            events += [Failed(task.id, JobCause.LOST, error) for task in call.tasks.values()]
         return None
 
-    def _executor_or_new(self, executor: Executor | None) -> Executor:
-        if executor is None:
-            if self._executor is not None:
-                self.shut_executor(self._executor)
-            self._executor = executor = self.make_executor()
-        return executor
+    def _let_go(self, executor: Executor) -> None:
+        """With the lock: a broken executor has no more use."""
+        try:
+            self.shut_executor(executor, 0.0)
+        except Exception:  # noqa: BLE001 - it is broken
+            _log.exception("a broken executor cannot be shut down")
 
-    def _newly_started(self) -> list[Event]:
-        """With the lock: an executor does not say what runs, but it takes tasks in order, ``num_workers`` at a time."""
-        now = time.time()
-        events: list[Event] = []
-        for index, job_id in enumerate(self._futures):
-            if index >= self.num_workers:
-                break
-            if job_id not in self._started:
-                self._started.add(job_id)
-                events.append(Started(job_id, now))
-        return events
+    # -- receiving ------------------------------------------------------------------------------------------------
 
-    def _forget(self, job_id: str, future: Future[Any]) -> bool:
-        """Take a run out; say whether it was there, so that the caller is the one to tell of its end."""
+    def _receive(self, data: Any) -> None:
+        """A message over the side channel."""
+        try:
+            message = Message(*pickle.loads(data)) if isinstance(data, bytes) else data
+        except Exception:  # noqa: BLE001 - a defect, of ours or of a channel
+            _log.exception("a message of a worker cannot be read")
+            return
         with self._lock:
-            entry = self._futures.get(job_id)
-            if entry is None or entry[0] is not future:
-                return False
-            del self._futures[job_id]
-            self._started.discard(job_id)
-            if self._trial == job_id:
-                self._trial = None
-            return True
-
-    def _ended(self, task: Task, future: Future[Any]) -> None:
-        if future.cancelled():
-            return  # who cancelled it tells
-        if not self._forget(task.id, future):
-            return  # it was abandoned
-        self._channel.forget(task.id)
-        exc = future.exception()
-        events: list[Event] = []
-        if isinstance(exc, BrokenExecutor):
-            events += self._fall(task, exc)
-        elif exc is not None:
-            events.append(failed(task.id, exc, None, None))
-        else:
-            events += _read(task.id, future.result())
+            call = self._calls.get(message.number)
+            if call is None:
+                return
+            events = self._read(call, message)
+        if events:
+            self._emit(events)
         with self._lock:
-            events += self._newly_started()
-        self._emit(events)
+            call.received += 1
+            outcome = call.outcome
+            complete = outcome is not None and call.received >= outcome.messages
+        if outcome is not None and complete:
+            self._conclude(call, outcome)
         self._send()
 
-    def _fall(self, task: Task, exc: BaseException) -> list[Event]:
-        """The executor broke with this task in it. Once all of them are known, those that may be to blame run alone."""
+    def _read(self, call: _Call, said: Message | Outcome) -> list[Event]:
+        """With the lock: what a worker says as events; what it gave back is put first in line."""
+        events: list[Event] = []
+        tasks, worker, back = call.tasks, said.worker, []
+        for saying in said.sayings:
+            kind, index = saying[0], saying[1]
+            task = tasks.get(index)
+            if task is None:
+                continue  # it was abandoned
+            if kind == Kind.DONE or kind == Kind.FAILED:
+                del tasks[index]
+                events.append(read_saying(task.id, saying, worker))
+            elif kind == Kind.RETURNED:
+                del tasks[index]
+                if index in call.asked:
+                    events.append(Cancelled(task.id))
+                else:
+                    back.append(task)
+            elif kind == Kind.SKIPPED:
+                del tasks[index]
+                events.append(Cancelled(task.id))
+            else:
+                if kind == Kind.STARTED:
+                    call.started.add(index)
+                events.append(read_saying(task.id, saying, worker))
+        if back and not self._stopping:
+            self._waiting.extendleft(reversed(back))
+        return events
+
+    def _ended(self, call: _Call, future: Future[Any]) -> None:
+        """The future of a call has ended."""
+        if future.cancelled():
+            self._faults_to_mender(call, BrokenExecutor("the engine cancelled the call"))
+            return
+        exc = future.exception()
+        if exc is not None:
+            self._faults_to_mender(call, exc)
+            return
+        result = future.result()
+        round_trip = time.perf_counter() - call.sent
+        outcome = Outcome(*pickle.loads(result)) if isinstance(result, bytes) else result
         with self._lock:
-            self._fallen.append(task)
-            if self._futures:
+            self._sizer.note(outcome.jobs, outcome.seconds, round_trip)
+            self._leave(call)
+            call.outcome = outcome
+            complete = call.received >= outcome.messages
+            events = self._settle_fallen()
+        if events:
+            self._emit(events)
+        self._send()
+        if complete:
+            self._conclude(call, outcome)
+            self._send()
+        else:
+            timer = threading.Timer(_LATE, self._conclude, (call, outcome))
+            timer.daemon = True
+            timer.start()
+
+    def _leave(self, call: _Call) -> None:
+        """With the lock: a call holds its worker no longer."""
+        if not call.left:
+            call.left = True
+            self._busy -= 1
+            self._trial = False
+
+    def _conclude(self, call: _Call, outcome: Outcome) -> None:
+        """Tell what a call has brought, after all that was said before."""
+        with self._lock:
+            if self._calls.pop(call.number, None) is None:
+                return
+            events = self._read(call, outcome)
+        if events:
+            self._emit(events)
+        self._forget(call)
+
+    def _forget(self, call: _Call) -> None:
+        """The last of a call."""
+        if self._channel is not None:
+            for index in call.asked:
+                self._channel.forget(call.number + index)
+        if self._stopping:
+            with self._lock:
+                self._settled.notify_all()
+
+    # -- faults ---------------------------------------------------------------------------------------------------
+
+    def _faults_to_mender(self, call: _Call, exc: BaseException) -> None:
+        """Faults have a thread of their own: there is waiting to do, and engines tell of them with their locks held."""
+        with self._lock:
+            if self._mender is None and not self._stopping:
+                self._mender = threading.Thread(target=self._mend, name="evalkit-mender", daemon=True)
+                self._mender.start()
+        self._faults.put((call, exc))
+
+    def _mend(self) -> None:
+        while True:
+            item = self._faults.get()
+            if item is None:
+                return
+            call, exc = item
+            try:
+                if self._channel is not None:
+                    self._channel.drain(_DRAIN)
+                events = self._judge(call, self.blame(exc))
+            except Exception:  # noqa: BLE001 - what an author wrote may raise
+                _log.exception("what has become of a call cannot be told")
+                with self._lock:
+                    self._calls.pop(call.number, None)
+                    self._leave(call)
+                    tasks = list(call.tasks.values())
+                    call.tasks.clear()
+                events = [Failed(task.id, JobCause.LOST, describe(exc)) for task in tasks]
+            if events:
+                self._emit(events)
+            self._forget(call)
+            self._send()
+
+    def _judge(self, call: _Call, fault: Fault) -> list[Event]:
+        """What becomes of the jobs of a call that failed."""
+        with self._lock:
+            if self._calls.pop(call.number, None) is None:
                 return []
-            fallen, self._fallen = self._fallen, []
-            self._executor_or_new(None)
-            if len(fallen) > 1:
-                self._suspects.extend(fallen)
+            self._leave(call)
+            if self._stopping:
                 return []
-        # It was alone, so it is the one.
-        return [Failed(task.id, JobCause.CRASH, ErrorInfo("WorkerDied", f"the worker it ran in died: {exc}"))]
+            if fault.reach is Reach.CALL:
+                return self._sort_out([call], fault, self._alone)
+            self._fallen.append((call, fault))
+            if call.executor is not None and self._executor is call.executor:
+                self._executor = None
+                self._let_go(call.executor)
+            return self._settle_fallen()
+
+    def _settle_fallen(self) -> list[Event]:
+        """With the lock: once all calls of a broken executor have ended, what becomes of the jobs in those that failed.
+
+        Any of them may be to blame, so they run with nothing beside them.
+        """
+        broken = [call.executor for call, _ in self._fallen]
+        if not broken or any(not call.left and call.executor in broken for call in self._calls.values()):
+            return []
+        fault = self._fallen[-1][1]
+        calls = [call for call, _ in self._fallen]
+        self._fallen = []
+        return self._sort_out(calls, fault, self._suspects)
+
+    def _sort_out(self, calls: list[_Call], fault: Fault, suspects: deque[Task]) -> list[Event]:
+        """With the lock: tell of the jobs whose fault it was; the others run again."""
+        events: list[Event] = []
+        killed = False
+        for call in calls:
+            for index in call.doomed & call.tasks.keys():
+                killed = True
+                error = ErrorInfo("Killed", "it was ended by force")
+                events.append(Failed(call.tasks.pop(index).id, JobCause.LOST, error))
+        tasks = [task for call in calls for task in call.tasks.values()]
+        if killed:
+            self._waiting.extendleft(reversed(tasks))
+        elif fault.cause is JobCause.LOST:
+            events += [Lost(task.id, str(fault.error)) for task in tasks]
+        elif len(tasks) == 1:
+            if not any(call.started & call.tasks.keys() for call in calls):
+                events.append(Started(tasks[0].id, time.time()))  # it ended before that could be said
+            events.append(Failed(tasks[0].id, fault.cause, fault.error))
+        else:
+            suspects.extend(tasks)
+        return events
+
+    # -- the end of the program -----------------------------------------------------------------------------------
+
+    def _watch_exit(self, executor: Executor) -> None:
+        """Stop when the program ends without a close, before the executor waits for what runs in it.
+
+        Executors wait for their calls in a function that they register here at their first submit. The last that is
+        registered is called first.
+        """
+        if executor is self._watched:
+            return
+        self._watched = executor
+        reference = weakref.ref(self)
+
+        def end() -> None:
+            backend = reference()
+            if backend is not None and not backend._stopping:
+                backend.stop(_EXIT_GRACE)
+
+        with contextlib.suppress(RuntimeError):  # the program is ending
+            threading._register_atexit(end)  # type: ignore[attr-defined]
 
 
-# -- in the worker ------------------------------------------------------------------------------------------------
+class _Call:
+    """A call of the executor.
+
+    Attributes:
+        number: of its first run; the others follow.
+        tasks: index -> job, of those whose end is not known. Who takes one out tells of its end.
+        started: indices of the runs of which the start was told.
+        asked: indices of the runs that were asked to stop.
+        doomed: indices of the runs that are to be ended by force.
+        received: how many messages of it have been dealt with.
+        outcome: what it returned, if that waits for messages that were sent before.
+        left: whether its worker is free.
+    """
+
+    __slots__ = (
+        "asked",
+        "doomed",
+        "executor",
+        "future",
+        "jobs",
+        "left",
+        "number",
+        "outcome",
+        "received",
+        "sent",
+        "started",
+        "tasks",
+    )
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.tasks: dict[int, Task] = {}
+        self.executor: Executor | None = None
+        self.future: Future[Any] | None = None
+        self.jobs = 0
+        self.sent = 0.0
+        self.started: set[int] = set()
+        self.asked: set[int] = set()
+        self.doomed: set[int] = set()
+        self.received = 0
+        self.outcome: Outcome | None = None
+        self.left = False
+
+    def ask_to_stop(self, index: int, channel: SideChannel | None) -> None:
+        """Once."""
+        if index not in self.asked and channel is not None:
+            channel.request_stop(self.number + index)
+        self.asked.add(index)
 
 
-class _Collector:
-    """The channel of a job that cannot be heard while it runs: what it says comes with its result."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def progress(self, job_id: str, progress: float, phase: str) -> None:
-        if self.events and isinstance(self.events[-1], Progress):
-            self.events.pop()
-        self.events.append(Progress(job_id, progress, phase))
-
-    def record(self, job_id: str, values: dict[str, Any]) -> None:
-        self.events.append(Recorded(job_id, values))
-
-    def stop_requested(self, job_id: str) -> bool:
-        return False
+def _remove(queue: deque[Task], job_id: str) -> bool:
+    for task in queue:
+        if task.id == job_id:
+            queue.remove(task)
+            return True
+    return False
 
 
-def _call(function: RunFunction, job: RunningJob) -> Any:
-    return asyncio.run(function(job)) if is_coroutine_function(function) else function(job)
-
-
-def _run_here(
-    function: RunFunction, channel: LocalChannel, job_id: str, attempt: int, args: dict[str, Any]
-) -> list[Event]:
-    job = RunningJob(args, job_id, attempt, channel)
-    return [run(partial(_call, function), job, identity(threading.current_thread().name))]
-
-
-@lru_cache(maxsize=8)
-def _function_of(payload: bytes) -> RunFunction:
-    function: RunFunction = loads(payload)
-    return function
-
-
-def _run_there(payload: bytes, job_id: str, attempt: int, args: bytes) -> bytes:
-    """Run a job in another process; the events come back as a pickle, whatever the output is."""
-    collector = _Collector()
-    worker = identity("executor")
-    try:
-        job = RunningJob(loads(args), job_id, attempt, collector)
-        end: Done | Failed = run(partial(_call, _function_of(payload)), job, worker)
-    except BaseException as exc:  # noqa: BLE001 - the function or the arguments cannot be rebuilt here
-        end = failed(job_id, exc, None, worker)
-    try:
-        return dumps([*collector.events, end], "output", in_band=True)[0]
-    except SerializationError as exc:
-        output = end.output if isinstance(end, Done) else None
-        error = explain(output, "output", exc.__cause__ or exc)
-        return dumps([failed(job_id, error, end.measured, worker)], "output", in_band=True)[0]
-
-
-def _read(job_id: str, result: list[Event] | bytes) -> list[Event]:
-    if not isinstance(result, bytes):
-        return result
-    try:
-        events: list[Event] = loads(result)
-    except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything
-        exc.add_note("The output of the job could not be rebuilt from what the worker sent.")
-        return [failed(job_id, exc, None, None)]
-    return events
-
-
-def _wait(future: Future[Any], timeout: float) -> None:
-    try:
-        future.exception(max(0.0, timeout))
-    except BaseException:  # noqa: BLE001 - only that it ended, or that the time is up, matters
-        return
+def _name_of_thread() -> str:
+    return threading.current_thread().name

@@ -40,7 +40,8 @@ class _ThirdParty(BackendSuite):
     backend: type[Backend]
 
     def create(self, run_function: Callable[..., Any], **kwargs: Any) -> Evaluator:
-        backend = self.backend(kwargs.pop("num_workers", 1))
+        options = {name: kwargs.pop(name) for name in ("worker_init",) if name in kwargs}
+        backend = self.backend(kwargs.pop("num_workers", 1), **options)
         return Evaluator(self.prepare(run_function), backend, **kwargs)
 
 
@@ -68,7 +69,7 @@ class TestOwnThreadExecutor(_ThirdParty):
 
 
 class _OwnProcesses(ExecutorBackend):
-    capabilities = Capabilities(isolates_crashes=True, by_value=True)
+    capabilities = Capabilities(isolates_crashes=True, by_value=True, streams=True)
 
     def make_executor(self) -> Executor:
         return ProcessPoolExecutor(self.num_workers, mp_context=get_context("spawn"))
@@ -77,4 +78,3 @@ class _OwnProcesses(ExecutorBackend):
 class TestOwnProcessExecutor(_ThirdParty):
     backend = _OwnProcesses
     says_how_workers_die = False
-    takes_back = False

@@ -1,0 +1,133 @@
+"""What travels between an executor and its workers: chunks of jobs one way, what became of them the other.
+
+Numbers and the like travel in the pickle of the whole; every other argument, output and record is a pickle of its own
+in it, so that one that cannot be rebuilt harms no other. Workers that share our memory get and give the objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from evalkit.backends.base import Task
+from evalkit.backends.events import Done, Event, Failed, Progress, Recorded, Started, WorkerIdentity
+from evalkit.backends.execution import failed
+from evalkit.backends.serialization import Packer, loads
+from evalkit.job import JobCause
+from evalkit.running import own_copy
+
+__all__ = [
+    "PLAIN",
+    "Entry",
+    "Kind",
+    "Message",
+    "Outcome",
+    "Packed",
+    "Saying",
+    "pack_task",
+    "read_saying",
+]
+
+#: Types of which a value needs no pickle of its own.
+PLAIN = frozenset({bool, int, float, type(None)})
+
+#: A job in a chunk: its index there, its id, the attempt, its arguments.
+Entry = tuple[int, str, int, Any]
+
+#: What a worker says of a job: a kind, the index of the job in its chunk, and what the kind needs.
+Saying = tuple[Any, ...]
+
+
+class Kind:
+    """The kinds of what a worker says."""
+
+    STARTED = 0  # time
+    PROGRESS = 1  # progress, phase
+    RECORDED = 2  # values
+    DONE = 3  # output, measured
+    FAILED = 4  # error, measured
+    RETURNED = 5  # it has not started, and will not here
+    SKIPPED = 6  # it was asked to stop before it started
+
+
+class Packed(bytes):
+    """A pickle in a pickle."""
+
+    __slots__ = ()
+
+
+class Message(NamedTuple):
+    """What comes over the side channel.
+
+    Attributes:
+        number: of the first run of the chunk.
+        sayings: in order.
+        worker: who says it.
+    """
+
+    number: int
+    sayings: Sequence[Saying]
+    worker: WorkerIdentity
+
+
+class Outcome(NamedTuple):
+    """What a call returns.
+
+    Attributes:
+        sayings: what had not been said over the side channel.
+        messages: how many messages of this chunk were sent over the side channel.
+        jobs: how many ran.
+        seconds: that the worker was at it.
+        worker: who it was.
+    """
+
+    sayings: Sequence[Saying]
+    messages: int
+    jobs: int
+    seconds: float
+    worker: WorkerIdentity
+
+
+_packer = Packer("args", in_band=True)  # in band, so it keeps nothing and threads may share it
+
+
+def pack_task(index: int, task: Task, same_memory: bool) -> tuple[Entry, int]:
+    """A job as it travels, and about how many bytes that takes.
+
+    Raises:
+        SerializationError: its arguments do not pickle.
+    """
+    args: Any = task.args
+    if same_memory:
+        return (index, task.id, task.attempt, own_copy(args)), 0
+    if PLAIN.issuperset(map(type, args.values())):
+        return (index, task.id, task.attempt, args), 0
+    args = Packed(_packer.pack(args)[0])
+    return (index, task.id, task.attempt, args), len(args)
+
+
+def read_saying(job_id: str, saying: Saying, worker: WorkerIdentity) -> Event:
+    """What a worker said as the event that it is; not for RETURNED and SKIPPED, which are none."""
+    kind = saying[0]
+    if kind == Kind.DONE:
+        output, measured = saying[2:]
+        if type(output) is Packed:
+            try:
+                output = loads(output)
+            except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything
+                exc.add_note("The output of the job could not be rebuilt from what the worker sent.")
+                return failed(job_id, exc, measured, worker)
+        return Done(job_id, output, measured, worker)
+    if kind == Kind.FAILED:
+        return Failed(job_id, JobCause.EXCEPTION, saying[2], saying[3], worker)
+    if kind == Kind.STARTED:
+        return Started(job_id, saying[2], worker)
+    if kind == Kind.PROGRESS:
+        return Progress(job_id, saying[2], saying[3])
+    values = saying[2]
+    if type(values) is Packed:
+        try:
+            values = loads(values)
+        except BaseException as exc:  # noqa: BLE001 - as above; a record more or less does not fail the job
+            values = {"evalkit_error": f"these values could not be rebuilt: {type(exc).__name__}: {exc}"}
+    return Recorded(job_id, values)

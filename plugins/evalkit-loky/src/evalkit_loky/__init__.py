@@ -1,0 +1,1 @@
+"""The backend ``loky`` of evalkit."""

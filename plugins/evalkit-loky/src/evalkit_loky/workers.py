@@ -1,0 +1,124 @@
+"""LokyWorkers: an executor of loky's worker processes, in which each worker can be ended by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import psutil
+from loky.process_executor import ProcessPoolExecutor
+
+from evalkit.backends import Program
+
+__all__ = ["LokyWorkers"]
+
+
+class LokyWorkers(Executor):
+    """As many of loky's pools as there are workers, with one worker each.
+
+    loky ends all workers of a pool when one dies, and cannot end a single one. So each has a pool of its own: a death,
+    and a kill, costs the call that was in it and no other. A pool that has lost its worker is replaced at the next
+    call.
+
+    Args:
+        num_workers: how many; more calls than that wait behind others.
+        program: what all calls are of; it goes to each worker once.
+    """
+
+    def __init__(self, num_workers: int, program: Program) -> None:
+        self._program = program
+        self._lock = threading.Lock()
+        self._shut = False
+        self._workers: list[_Worker | None] = [None] * num_workers
+        for index in range(num_workers):
+            self._workers[index] = _Worker(program)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        with self._lock:
+            if self._shut:
+                raise RuntimeError("cannot submit after shutdown")
+            index = min(range(len(self._workers)), key=self._calls_of)
+            worker = self._workers[index]
+            if worker is None or not worker.usable:
+                worker = self._workers[index] = _Worker(self._program)
+            return worker.submit(self._program.resident if fn is self._program else fn, *args, **kwargs)
+
+    def _calls_of(self, index: int) -> int:
+        worker = self._workers[index]
+        return 0 if worker is None else len(worker.calls)
+
+    def kill(self, future: Future[Any]) -> bool:
+        """End the worker that a call is in, and what it has started; say whether there was one."""
+        with self._lock:
+            for index, worker in enumerate(self._workers):
+                if worker is not None and future in worker.calls:
+                    self._workers[index] = None
+                    worker.kill()
+                    return True
+        return False
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the workers: those with nothing to do by themselves, the others by force if ``cancel_futures``."""
+        self.end(5.0 if wait else 0.0, kill=cancel_futures)
+
+    def end(self, patience: float, *, kill: bool) -> None:
+        """As :meth:`shutdown`.
+
+        Args:
+            patience: seconds to wait for workers to end.
+            kill: whether those that have a call are ended now, and the others when the time is up.
+        """
+        with self._lock:
+            self._shut = True
+            workers = [worker for worker in self._workers if worker is not None]
+            self._workers = [None] * len(self._workers)
+        processes = [process for worker in workers if (process := worker.process()) is not None]
+        for worker in workers:
+            if kill and worker.calls:
+                worker.kill()
+            else:
+                worker.pool.shutdown(wait=False)
+        _, alive = psutil.wait_procs(processes, max(0.0, patience))
+        for process in alive if kill else ():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+class _Worker:
+    """A pool of one."""
+
+    def __init__(self, program: Program) -> None:
+        self.pool = ProcessPoolExecutor(1, initializer=program.install)
+        #: The calls that are in it.
+        self.calls: set[Future[Any]] = set()
+        self.usable = True
+        # It starts now, and says which process it is.
+        self._hello = self.pool.submit(os.getpid)
+
+    def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = self.pool.submit(fn, *args, **kwargs)
+        self.calls.add(future)
+        future.add_done_callback(self._ended)
+        return future
+
+    def _ended(self, future: Future[Any]) -> None:
+        self.calls.discard(future)
+        if not future.cancelled() and future.exception() is not None:
+            self.usable = False
+
+    def kill(self) -> None:
+        self.usable = False
+        self.pool.shutdown(wait=False, kill_workers=True)
+
+    def process(self) -> psutil.Process | None:
+        """Its process; None if it has ended, or is only about to start."""
+        if not self._hello.done() or self._hello.cancelled() or self._hello.exception() is not None:
+            return None
+        try:
+            return psutil.Process(self._hello.result())
+        except psutil.Error:
+            return None
