@@ -65,6 +65,7 @@ class _OwnThreads(ExecutorBackend):
 
 class TestOwnThreadExecutor(_ThirdParty):
     backend = _OwnThreads
+    exits_at_once = False
 
 
 class _OwnProcesses(ExecutorBackend):
@@ -78,3 +79,4 @@ class TestOwnProcessExecutor(_ThirdParty):
     backend = _OwnProcesses
     says_how_workers_die = False
     takes_back = False
+    exits_at_once = False
