@@ -61,9 +61,9 @@ class ExecutorBackend(Backend):
 
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self._emit = emit
-        self._channel = LocalChannel(emit)
         self._unfit: ErrorInfo | None = None
-        self._run: Any = partial(_run_here, run_function, self._channel)
+        self._channels: dict[str, LocalChannel] = {}
+        self._run: Any = partial(_run_here, run_function)
         if not self.capabilities.same_memory:
             try:
                 self._run = partial(_run_there, dumps(run_function, "run_function", function=True)[0])
@@ -92,7 +92,9 @@ class ExecutorBackend(Backend):
         if waits is not None or (future is not None and future.cancel() and self._forget(job_id, future)):
             self._emit([Cancelled(job_id)])
         elif future is not None:
-            self._channel.request_stop(job_id)
+            channel = self._channels.get(job_id)
+            if channel is not None:
+                channel.request_stop()
             if kill and self._forget(job_id, future):
                 error = ErrorInfo("Abandoned", "an executor cannot end a running job, so it was abandoned")
                 self._emit([Failed(job_id, JobCause.LOST, error)])
@@ -105,8 +107,8 @@ class ExecutorBackend(Backend):
             self._waiting.clear()
             self._suspects.clear()
             futures = [future for future, _ in self._futures.values()]
-            for job_id in self._futures:
-                self._channel.request_stop(job_id)
+            for channel in self._channels.values():
+                channel.request_stop()
         for future in futures:
             future.cancel()
         for future in futures:
@@ -161,9 +163,13 @@ class ExecutorBackend(Backend):
         except SerializationError as exc:
             events.append(failed(task.id, exc, None, None))
             return None
+        function = self._run
+        if same_memory:
+            self._channels[task.id] = channel = LocalChannel(self._emit)
+            function = partial(function, channel)
         for executor in (self._executor, None):
             try:
-                return self._executor_or_new(executor).submit(self._run, task.id, task.attempt, args)
+                return self._executor_or_new(executor).submit(function, task.id, task.attempt, args)
             except RuntimeError as exc:  # it is broken, or was shut down behind our back: once more on a new one
                 error = describe(exc)
         events.append(Failed(task.id, JobCause.LOST, error))
@@ -196,6 +202,9 @@ class ExecutorBackend(Backend):
                 return False
             del self._futures[job_id]
             self._started.discard(job_id)
+            channel = self._channels.pop(job_id, None)
+            if channel is not None:
+                channel.close()
             if self._trial == job_id:
                 self._trial = None
             return True
@@ -205,7 +214,6 @@ class ExecutorBackend(Backend):
             return  # who cancelled it tells
         if not self._forget(task.id, future):
             return  # it was abandoned
-        self._channel.forget(task.id)
         exc = future.exception()
         events: list[Event] = []
         if isinstance(exc, BrokenExecutor):

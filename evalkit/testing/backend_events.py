@@ -57,6 +57,17 @@ class BackendEvents(BackendFixtures):
         assert [job.state for job in jobs[:10]] == [JobState.DONE, JobState.FAILED] * 5
         told.check(may={job.id for job in (*jobs, later)}, must={job.id for job in (*jobs[:-1], later)})
 
+    def test_a_request_for_an_unknown_job_is_not_kept(self, make: Make) -> None:
+        evaluator = make(functions.ask)
+        (first,) = evaluator.submit([{}])
+        evaluator.gather("ALL")
+        search, _, number = first.id.rpartition(".")
+        evaluator.backend.cancel(f"{search}.{int(number) + 1}", kill=False)
+        evaluator.backend.cancel(first.id, kill=False)  # as one for an attempt that has just ended, before the next one
+        (second,) = evaluator.submit([{}])
+        evaluator.gather("ALL")
+        assert (second.id, second.output) == (f"{search}.{int(number) + 1}", False)
+
 
 class _Told:
     """Listens to what a backend of this class is given and tells, from the start of the next one on."""

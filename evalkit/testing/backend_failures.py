@@ -274,6 +274,14 @@ class BackendTimeouts(BackendFixtures):
         assert (job.state, job.cause) == (JobState.FAILED, JobCause.TIMEOUT)
         assert job.records == [{"step": 0}, {"step": 1}]
 
+    def test_what_an_abandoned_attempt_still_says_is_not_said_by_the_next(self, make: Make, files: Files) -> None:
+        self.need(self.can.streams and not self.can.kills_running and not self.inline, "jobs to abandon that are heard")
+        evaluator = make(functions.linger, num_workers=2, job_timeout=2.0, retries=RetryPolicy(timeout=1))
+        (job,) = evaluator.submit([{"again": files["again"], "said": files["said"]}])
+        assert in_background(evaluator.gather, "ALL").result(BOUND) == [job]
+        assert (job.output, job.attempt, job.records) == ("the second", 1, [{"step": 1}])
+        assert job.status.phase == "the second"
+
     def test_timeouts_are_tried_again_if_the_policy_says_so(self, make: Make) -> None:
         self.need(self.can.kills_running or self.inline, "way to end a job")
         evaluator = make(functions.nap, num_workers=2, job_timeout=0.2, retries=RetryPolicy(timeout=1))

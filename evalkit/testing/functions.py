@@ -32,6 +32,7 @@ __all__ = [
     "add_offset",
     "add_one",
     "admit",
+    "ask",
     "big",
     "counting_init",
     "die",
@@ -44,6 +45,7 @@ __all__ = [
     "fail_with_records",
     "heed",
     "hold",
+    "linger",
     "lock_in_output",
     "make_point",
     "mark",
@@ -212,6 +214,11 @@ def end_somehow(job: RunningJob) -> str:
     if job["how"] == "raise":
         raise ValueError("as it was told")
     return "returned"
+
+
+def ask(job: RunningJob) -> bool:
+    """Return whether it was asked to stop."""
+    return job.stopped()
 
 
 def report_nan(job: RunningJob) -> None:
@@ -418,6 +425,23 @@ def die_beside(job: RunningJob) -> Steps:
     yield from hold(job)
     job.record(step=1)
     return "unharmed"
+
+
+def linger(job: RunningJob) -> Steps:
+    """Be deaf, and speak when the next attempt runs; which waits for that."""
+    if job.attempt == 0:
+        try:
+            yield from _until(job["again"])
+            job.record(step=0)
+            job.report(0.9, "the first")
+        finally:  # also of a coroutine that was cancelled
+            _touch(job["said"])
+        return "the first"
+    job.report(0.1, "the second")
+    _touch(job["again"])
+    yield from _until(job["said"])
+    job.record(step=1)
+    return "the second"
 
 
 def tell(job: RunningJob) -> Steps:
