@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from evalkit import Callback, Evaluator, Job, JobState, RetryPolicy, RunningJob, call_with_kwargs
+from evalkit.backends import Backend, Done, Progress, Recorded, Started
 from evalkit.backends.thread import ThreadBackend
 from evalkit.engine import recorder
 from evalkit.engine.clock import Clock
@@ -947,3 +948,33 @@ def test_a_search_that_does_not_exist_names_those_that_do() -> None:
     storage.create_search("spring")
     with pytest.raises(SearchNotFoundError, match=r"no search 'xyz' .*there are 'spring'"):
         Evaluator.create(len, "serial", {"storage": storage, "search_id": "xyz"})
+
+
+class _SaysItsStartLate(Backend):
+    """Tells of the progress before it tells of the start, as happens where they come from two threads."""
+
+    def start(self, run_function, emit):
+        self._emit = emit
+
+    def dispatch(self, tasks):
+        for task in tasks:
+            self._emit([Progress(task.id, 0.5, "half way"), Recorded(task.id, {"step": 1})])
+
+    def finish(self, job_id):
+        self._emit([Started(job_id, time.time()), Done(job_id, 7)])
+
+    def cancel(self, job_id, kill):
+        pass
+
+    def stop(self, grace):
+        pass
+
+
+def test_a_job_that_reports_runs_though_its_start_was_not_told_yet():
+    with Evaluator(lambda job: None, backend := _SaysItsStartLate(1)) as evaluator:
+        (job,) = evaluator.submit([{}])
+        eventually(lambda: job.records, "what it recorded")
+        assert (job.status.running, job.status.phase) == (True, "half way")
+        backend.finish(job.id)
+        assert evaluator.gather("ALL") == [job]
+    assert (job.output, job.records) == (7, [{"step": 1}])

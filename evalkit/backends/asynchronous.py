@@ -10,7 +10,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
@@ -25,6 +25,11 @@ _log = logging.getLogger("evalkit")
 
 _HOLD = 0.001  # seconds that the end of a job may wait for the ends of others
 _BRIEF = 0.0005  # seconds; where jobs take less, their starts may wait as well
+
+
+class _Run(NamedTuple):
+    lane: asyncio.Task[None]
+    channel: LocalChannel
 
 
 class AsyncBackend(Backend):
@@ -49,7 +54,7 @@ class AsyncBackend(Backend):
         self._begun: dict[str, float] = {}  # what runs, and nobody was told of: id -> since when
         self._events_since = 0.0
         self._flush_due = False
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, _Run] = {}
         self._lanes: set[asyncio.Task[None]] = set()
         self._stopped = False
 
@@ -73,7 +78,6 @@ class AsyncBackend(Backend):
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self.run_function = run_function
         self._emit = emit
-        self._channel = LocalChannel(self._say)
         self._worker = identity("async-0")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="evalkit-async", daemon=True)
@@ -97,7 +101,9 @@ class AsyncBackend(Backend):
         if waiting:
             self._emit([Cancelled(job_id)])
             return
-        self._channel.request_stop(job_id)
+        run = self._running.get(job_id)
+        if run is not None:
+            run.channel.request_stop()
         if kill:
             self._loop.call_soon_threadsafe(self._kill, job_id)
 
@@ -105,8 +111,8 @@ class AsyncBackend(Backend):
         deadline = time.monotonic() + grace
         with self._lock:
             self._tasks.clear()
-        for job_id in list(self._running):
-            self._channel.request_stop(job_id)
+        for run in list(self._running.values()):
+            run.channel.request_stop()
         self._on_loop(self._settle(deadline), grace + 5.0)
         self._on_loop(self.shut(), 5.0)
         self._end_loop()
@@ -163,8 +169,8 @@ class AsyncBackend(Backend):
                 if not self._tasks:
                     break
                 task = self._tasks.popleft()
-            job_id = task.id
-            self._running[job_id] = me
+                job_id = task.id
+                self._running[job_id] = run = _Run(me, LocalChannel(self._say))
             self._begun[job_id] = start = time.time()
             if not brief:  # it may keep the loop for a while, and its time counts from now
                 self._flush()
@@ -172,32 +178,32 @@ class AsyncBackend(Backend):
                 self._flush_due = True
                 self._loop.call_soon(self._flush)
             try:
-                job = RunningJob(own_copy(task.args), job_id, task.attempt, self._channel)
+                job = RunningJob(own_copy(task.args), job_id, task.attempt, run.channel)
                 output = await self.execute(job)
                 end: Event = Done(job_id, output, (start, time.time(), None, None), self._worker)
             except asyncio.CancelledError as exc:
                 if me.cancelling():
-                    if self._running.get(job_id) is me:
+                    if self._running.get(job_id) is run:
                         del self._running[job_id]  # everything stops
                     return
                 end = failed(job_id, exc, (start, time.time(), None, None), self._worker)
             except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit included
                 end = failed(job_id, exc, (start, time.time(), None, None), self._worker)
-            if self._running.get(job_id) is not me:
+            if self._running.get(job_id) is not run:
                 return  # killed, and told of already
             del self._running[job_id]
-            self._channel.forget(job_id)
+            run.channel.close()
             self._begun.pop(job_id, None)  # its end tells that it ran
             self._note(end)
             brief = time.time() - start < _BRIEF
 
     def _kill(self, job_id: str) -> None:
         """End a run now, whatever its coroutine makes of being cancelled; another lane takes the place of its own."""
-        lane = self._running.pop(job_id, None)
-        if lane is not None:
-            self._lanes.discard(lane)
-            lane.cancel()
-            self._channel.forget(job_id)
+        run = self._running.pop(job_id, None)
+        if run is not None:
+            self._lanes.discard(run.lane)
+            run.lane.cancel()
+            run.channel.close()
             self._note(Failed(job_id, JobCause.LOST, ErrorInfo("Cancelled", "its coroutine was cancelled")))
             self._fill_lanes()
 

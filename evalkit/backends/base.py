@@ -77,15 +77,15 @@ class Backend(ABC):
 
     The evaluator calls ``start`` once, then ``dispatch`` and ``cancel`` from any thread (``dispatch`` never twice at
     a time), then ``stop`` once. None of them may wait for a job, except ``stop`` for its grace. What happens is told
-    through ``emit``, from whatever thread, but never while holding a lock that ``dispatch`` or ``cancel`` takes:
-    ``emit`` may call them.
+    through ``emit``, from whatever thread. ``emit`` may call ``dispatch`` and ``cancel``, so a lock that they take is
+    not held meanwhile, or is one that a thread may take again (``threading.RLock``).
 
     What a backend guarantees, and :class:`evalkit.testing.BackendSuite` checks:
 
     - Every task that was dispatched ends by exactly one of ``Done``, ``Failed``, ``Cancelled`` and ``Lost``, unless
-      ``stop``
-      comes first. After that, nothing more is emitted for that run.
-    - ``Started`` comes before the end of every run, and at the time it starts.
+      ``stop`` comes first. After that, nothing more is emitted for that run.
+    - ``Started`` comes when a run starts, since ``job_timeout`` counts from it. It may be left out where the end is
+      told at once, with what was measured.
     - Events of one job are emitted in order.
     - Tasks start in the order of dispatch, as far as the engine has one order.
 

@@ -6,7 +6,6 @@ import os
 import resource
 import socket
 import sys
-import threading
 import time
 import traceback
 from types import TracebackType
@@ -99,28 +98,33 @@ def check_worker_init(worker_init: Any) -> None:
 
 
 class LocalChannel:
-    """The channel of jobs that run in this process."""
+    """The channel of one run in this process. One of its own for each, so that what an attempt says or hears that was
+    given up has nothing to do with the next one of the same job.
+    """
+
+    __slots__ = ("_asked", "_emit", "_open")
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._lock = threading.Lock()
-        self._stop: set[str] = set()
+        self._open = True
+        self._asked = False
 
     def progress(self, job_id: str, progress: float, phase: str) -> None:
-        self._emit([Progress(job_id, progress, phase)])
+        if self._open:
+            self._emit([Progress(job_id, progress, phase)])
 
     def record(self, job_id: str, values: dict[str, Any]) -> None:
-        self._emit([Recorded(job_id, values)])
+        if self._open:
+            self._emit([Recorded(job_id, values)])
 
     def stop_requested(self, job_id: str) -> bool:
-        return job_id in self._stop
+        return self._asked
 
-    def request_stop(self, job_id: str) -> None:
-        with self._lock:
-            self._stop.add(job_id)
+    def request_stop(self) -> None:
+        """Ask the run to stop."""
+        self._asked = True
 
-    def forget(self, job_id: str) -> None:
-        """The job has ended."""
-        if self._stop:
-            with self._lock:
-                self._stop.discard(job_id)
+    def close(self) -> None:
+        """The run has ended, or was given up: it is to stop, and nothing that it says is passed on."""
+        self._open = False
+        self._asked = True

@@ -105,6 +105,7 @@ class _Inline(Backend):
         # Whoever pops a task has it.
         self._waiting: dict[str, Task] = {}
         self._order: deque[str] = deque()
+        self._channels: dict[str, LocalChannel] = {}  # of what runs; more than one where a job gathers others
         self._busy = threading.RLock()
 
     @property
@@ -114,7 +115,6 @@ class _Inline(Backend):
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self._function = run_function
         self._emit = emit
-        self._channel = LocalChannel(emit)
         self._worker = identity("serial-0")
         if self._worker_init is not None:
             try:
@@ -130,8 +130,10 @@ class _Inline(Backend):
     def cancel(self, job_id: str, kill: bool) -> None:
         if self._waiting.pop(job_id, None) is not None:
             self._emit([Cancelled(job_id)])
-        else:
-            self._channel.request_stop(job_id)
+            return
+        channel = self._channels.get(job_id)
+        if channel is not None:
+            channel.request_stop()
 
     def step(self, limit: int, timeout: float | None) -> bool:
         if not self._order:
@@ -149,13 +151,19 @@ class _Inline(Backend):
         ran = 0
         with _Interrupts() as interrupts:
             while ran < limit and self._order:
-                task = self._waiting.pop(self._order.popleft(), None)
+                job_id = self._order.popleft()
+                # Before it is taken, so that a cancel finds it in one place or the other.
+                self._channels[job_id] = channel = LocalChannel(self._emit)
+                task = self._waiting.pop(job_id, None)
                 if task is None:
+                    del self._channels[job_id]
                     continue  # it was cancelled
                 ran += 1
                 events.append(Started(task.id, time.time(), self._worker))
                 self._emit(events)
-                end = self._run(task)
+                end = self._run(task, channel)
+                del self._channels[job_id]
+                channel.close()
                 if interrupts.seen:
                     self._emit([Cancelled(task.id)])
                     raise KeyboardInterrupt
@@ -166,13 +174,11 @@ class _Inline(Backend):
                 self._emit(events)
         return ran > 0
 
-    def _run(self, task: Task) -> Event:
+    def _run(self, task: Task, channel: LocalChannel) -> Event:
         if self._unfit is not None:
             return failed(task.id, self._unfit, None, self._worker)
-        job = RunningJob(own_copy(task.args), task.id, task.attempt, self._channel, self._state)
-        end = run(self._function, job, self._worker)
-        self._channel.forget(task.id)
-        return end
+        job = RunningJob(own_copy(task.args), task.id, task.attempt, channel, self._state)
+        return run(self._function, job, self._worker)
 
     def stop(self, grace: float) -> None:
         self._waiting.clear()

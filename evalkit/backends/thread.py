@@ -43,7 +43,7 @@ class ThreadBackend(Backend):
         # Whoever pops a task out of here has it: a thread that runs it, or a cancel.
         self._waiting: dict[str, Task] = {}
         # Likewise: whoever pops a run tells of its end, the thread or the one who abandons it.
-        self._runs: dict[str, object] = {}
+        self._runs: dict[str, LocalChannel] = {}
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._started = 0
@@ -57,7 +57,6 @@ class ThreadBackend(Backend):
         self._function = run_function
         self._is_async = is_coroutine_function(run_function)
         self._emit = emit
-        self._channel = LocalChannel(emit)
         for _ in range(self.num_workers):
             self._add_thread()
 
@@ -76,10 +75,15 @@ class ThreadBackend(Backend):
     def cancel(self, job_id: str, kill: bool) -> None:
         if self._waiting.pop(job_id, None) is not None:
             self._emit([Cancelled(job_id)])
-        elif not kill:
-            self._channel.request_stop(job_id)
-        elif self._runs.pop(job_id, None) is not None:
-            self._abandon(job_id)
+        elif kill:
+            channel = self._runs.pop(job_id, None)
+            if channel is not None:
+                channel.close()
+                self._abandon(job_id)
+        else:
+            channel = self._runs.get(job_id)
+            if channel is not None:
+                channel.request_stop()
 
     def _abandon(self, job_id: str) -> None:
         with self._lock:
@@ -99,8 +103,8 @@ class ThreadBackend(Backend):
     def stop(self, grace: float) -> None:
         deadline = time.monotonic() + grace
         self._waiting.clear()
-        for job_id in list(self._runs):
-            self._channel.request_stop(job_id)
+        for channel in list(self._runs.values()):
+            channel.request_stop()
         with self._lock:
             threads = list(self._threads)
         for _ in threads:
@@ -145,22 +149,25 @@ class ThreadBackend(Backend):
                 job_id = self._queue.get()
                 if job_id is None:
                     return
+                if job_id not in self._waiting:
+                    continue  # it was cancelled
+                # Before it is taken, so that a cancel finds it in one place or the other.
+                self._runs[job_id] = channel = LocalChannel(self._emit)
                 task = self._waiting.pop(job_id, None)
                 if task is None:
-                    continue  # it was cancelled
-                mine = object()
-                self._runs[job_id] = mine
+                    self._runs.pop(job_id, None)
+                    continue  # it was cancelled just now
                 events.append(Started(job_id, time.time(), worker))
                 self._emit(events)
                 events = []
                 if unfit is None:
-                    job = RunningJob(own_copy(task.args), job_id, task.attempt, self._channel, state)
+                    job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, state)
                     end: Done | Failed = run(function, job, worker)
                 else:
                     end = failed(job_id, unfit, None, worker)
-                self._channel.forget(job_id)
-                if self._runs.get(job_id) is not mine or self._runs.pop(job_id, None) is not mine:
+                if self._runs.get(job_id) is not channel or self._runs.pop(job_id, None) is not channel:
                     return  # abandoned, and another thread has taken this one's place
+                channel.close()
                 events.append(end)
         finally:
             if events:

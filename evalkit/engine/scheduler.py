@@ -323,11 +323,21 @@ class Scheduler:
                 self._timeout_scheduled = True
                 self._timers.call_later(self._job_timeout, self._check_timeouts)
 
+    def _has_run(self, turn: _Turn, job: Job) -> None:
+        """It runs, though nobody has told of its start yet; the times come with that, or with what was measured."""
+        job.start(self.epoch + turn.now)
+        if self._notifier.active:
+            turn.progressed.append(job)
+
     def _on_progress(self, turn: _Turn, job: Job, event: Progress) -> None:
+        if job.state is JobState.QUEUED:
+            self._has_run(turn, job)
         job.note_progress(event.progress, event.phase)
         turn.progressed.append(job)
 
     def _on_recorded(self, turn: _Turn, job: Job, event: Recorded) -> None:
+        if job.state is JobState.QUEUED:
+            self._has_run(turn, job)
         job.note_record(event.values)
         turn.changed.append(job)
 

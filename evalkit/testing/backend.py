@@ -7,12 +7,15 @@ import pytest
 # Before they are imported, so that a failure shows the values in its assertion.
 pytest.register_assert_rewrite(
     "evalkit.testing.backend_control",
+    "evalkit.testing.backend_events",
     "evalkit.testing.backend_failures",
     "evalkit.testing.backend_gather",
+    "evalkit.testing.backend_programs",
     "evalkit.testing.backend_values",
 )
 
 from evalkit.testing.backend_control import BackendCancel, BackendEnd, BackendReports  # noqa: E402
+from evalkit.testing.backend_events import BackendEvents  # noqa: E402
 from evalkit.testing.backend_failures import (  # noqa: E402
     BackendCrashes,
     BackendExceptions,
@@ -20,6 +23,7 @@ from evalkit.testing.backend_failures import (  # noqa: E402
     BackendTimeouts,
 )
 from evalkit.testing.backend_gather import BackendCallbacks, BackendGather, BackendSurroundings  # noqa: E402
+from evalkit.testing.backend_programs import BackendPrograms  # noqa: E402
 from evalkit.testing.backend_values import BackendFunctions, BackendValues  # noqa: E402
 
 __all__ = ["BackendSuite"]
@@ -38,6 +42,8 @@ class BackendSuite(
     BackendEnd,
     BackendValues,
     BackendFunctions,
+    BackendEvents,
+    BackendPrograms,
 ):
     """The conformance suite of :class:`evalkit.backends.Backend`.
 
@@ -67,5 +73,7 @@ class BackendSuite(
             that do not tell set it to False.
         takes_back: whether a job that was dispatched and has not started can still be kept from running; engines that
             hold tasks ahead and do not give them back set it to False.
+        exits_at_once: whether a program that ends without ``close`` ends although a job of it runs on; engines that
+            wait for it then, as the executors of the standard library do, set it to False.
         grace: seconds that a job that is asked to stop has, in tests where it does not listen.
     """

@@ -8,10 +8,6 @@ import contextlib
 import functools
 import math
 import os
-import subprocess
-import sys
-import textwrap
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +109,17 @@ class BackendCancel(BackendFixtures):
         assert job.records == [{"step": 0}, {"step": 1}], "it stopped by itself"
         assert job.status.stop_message == "cancelled by the user"
         assert job.cancel() is CancelOutcome.TOO_LATE
+
+    def test_a_job_that_no_request_reaches_is_ended(self, make: Make, files: Files) -> None:
+        self.need(not self.can.streams, "jobs that cannot be reached while they run")
+        evaluator = make(functions.heed)
+        (job,) = evaluator.submit([files.holder("a")])
+        files.wait_started("a")
+        eventually(lambda: job.is_running, "the start of the job")
+        assert job.cancel() is CancelOutcome.REQUESTED
+        assert in_background(evaluator.gather, "ALL").result(BOUND) == [job]
+        assert (job.state, job.output) == (JobState.CANCELLED, None)
+        assert {"step": 1} not in job.records, "it did not stop by itself"
 
     def test_a_job_that_does_not_listen_is_ended(self, make: Make, files: Files) -> None:
         self.need(not self.inline, "way to end what runs in the caller's own thread")
@@ -237,50 +244,6 @@ class BackendEnd(BackendFixtures):
             fail()
         assert jobs[0].is_complete
 
-    @pytest.mark.parametrize("end", ["pass", "raise RuntimeError('the script fails')"])
-    def test_an_interpreter_that_ends_without_close_leaves_nothing(self, files: Files, end: str) -> None:
-        self.need(bool(self.method), "name, by which a script could create it")
-        mark = uuid.uuid4().hex
-        script = f"""
-            import pathlib, sys, time
-            from evalkit import Evaluator
-            from evalkit.testing import functions
-
-            evaluator = Evaluator.create(
-                {"functions.Coroutine(functions.hold)" if self.coroutines else "functions.Plain(functions.hold)"},
-                {self.method!r},
-                {{"num_workers": 2, "grace": 0.2, **{dict(self.options)!r}}},
-            )
-            evaluator.submit([{files.holder("a")!r}, *({{"x": x}} for x in range(20))])
-            while {not self.inline} and not pathlib.Path({files["a.started"]!r}).exists():
-                time.sleep(0.01)
-            {end}
-        """
-        path = os.pathsep.join(path for path in sys.path if path)
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)],
-            timeout=2 * BOUND,
-            check=False,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path, "EVALKIT_SUITE_MARK": mark},
-        )
-        assert done.returncode == (0 if end == "pass" else 1), done.stderr
-        assert end != "pass" or "Traceback" not in done.stderr, done.stderr
-        eventually(lambda: not _marked(mark), "the end of all processes of the script")
-
 
 def _has_phase(job: Job, phase: str) -> bool:
     return job.status.phase == phase
-
-
-def _marked(mark: str) -> list[Any]:
-    """The processes that have a mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("EVALKIT_SUITE_MARK") == mark:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found

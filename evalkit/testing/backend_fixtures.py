@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from evalkit import Evaluator, Job
-from evalkit.backends.base import Capabilities
+from evalkit.backends.base import Backend, Capabilities
 from evalkit.running import is_coroutine_function
 from evalkit.testing import functions
 
@@ -32,6 +33,7 @@ class BackendFixtures:
     coroutines: ClassVar[bool] = False
     says_how_workers_die: ClassVar[bool] = True
     takes_back: ClassVar[bool] = True
+    exits_at_once: ClassVar[bool] = True
     #: Seconds that the suite gives a job that is asked to stop; short, since most of its jobs don't listen.
     grace: ClassVar[float] = 0.2
 
@@ -49,6 +51,12 @@ class BackendFixtures:
             return functions.Coroutine(run_function)
         return functions.Plain(run_function) if inspect.isgeneratorfunction(run_function) else run_function
 
+    def command(self, script: Path) -> list[str]:
+        """The command line that runs a program on this backend; override it for engines with a launcher of their own,
+        as in ``["mpiexec", "-n", "3", sys.executable, str(script)]``.
+        """
+        return [sys.executable, str(script)]
+
     # -- what the backend can do ----------------------------------------------------------------------------------
 
     @property
@@ -59,7 +67,9 @@ class BackendFixtures:
             with self.create(functions.echo) as evaluator:
                 backend = evaluator.backend
                 options = inspect.signature(type(backend).__init__).parameters
-                cls._traits = _Traits(backend.capabilities, backend.runs_in_caller, "worker_init" in options)
+                cls._traits = _Traits(
+                    type(backend), backend.capabilities, backend.runs_in_caller, "worker_init" in options
+                )
         return cls._traits
 
     @property
@@ -101,7 +111,10 @@ class BackendFixtures:
 
 
 class _Traits:
-    def __init__(self, capabilities: Capabilities, inline: bool, takes_worker_init: bool) -> None:
+    def __init__(
+        self, backend: type[Backend], capabilities: Capabilities, inline: bool, takes_worker_init: bool
+    ) -> None:
+        self.backend = backend
         self.capabilities = capabilities
         self.inline = inline
         self.takes_worker_init = takes_worker_init
@@ -122,8 +135,10 @@ class Files:
         return str(self._directory / name)
 
     def holder(self, name: str, **more: Any) -> dict[str, Any]:
-        """The parameters of a job that creates ``<name>.started`` and waits for ``<name>.release``."""
-        return {"started": self[f"{name}.started"], "release": self[f"{name}.release"], **more}
+        """The parameters of a job that creates ``<name>.started``, waits for ``<name>.release``, and then creates
+        ``<name>.finished``.
+        """
+        return {key: self[f"{name}.{key}"] for key in ("started", "release", "finished")} | more
 
     def create(self, name: str) -> None:
         """Let the jobs go that wait for this file."""
@@ -148,7 +163,7 @@ class Files:
     def release_all(self) -> None:
         """Let every job go that waits for anything."""
         for name in list(self._named):
-            if "start" not in name and not self.exists(name):
+            if not name.endswith((".started", ".finished")) and not self.exists(name):
                 self.create(name)
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 
 from evalkit import Callback, Evaluator, Job, JobState
 from evalkit.testing import functions
-from evalkit.testing.backend_fixtures import BOUND, BackendFixtures, Files, gathering, in_background
+from evalkit.testing.backend_fixtures import BOUND, BackendFixtures, Files, eventually, gathering, in_background
 
 __all__ = ["BackendCallbacks", "BackendGather", "BackendSurroundings"]
 
@@ -64,6 +65,16 @@ class BackendGather(BackendFixtures):
         assert not slow.is_complete
         files.release("slow")
         assert in_background(evaluator.gather, "BATCH", 1).result(BOUND) == [slow]
+
+    def test_a_batch_is_in_the_order_of_the_ends(self, make: Make, files: Files) -> None:
+        self.need(not self.inline, "jobs side by side")
+        evaluator = make(functions.hold, num_workers=2)
+        first, second = evaluator.submit([files.holder("first"), files.holder("second")])
+        for name, job in (("second", second), ("first", first)):
+            files.wait_started(name)
+            files.release(name)
+            eventually(functools.partial(_is_complete, job), f"the end of the {name} job")
+        assert evaluator.gather("BATCH", 2) == [second, first]
 
     def test_a_batch_too_large_is_clamped_with_one_warning(self, make: Make) -> None:
         evaluator = make(functions.echo)
@@ -122,6 +133,10 @@ class BackendGather(BackendFixtures):
         evaluator = make(functions.admit, num_workers=3)
         evaluator.submit([{"room": str(tmp_path), "expected": 3}] * 3)
         assert [job.output for job in in_background(evaluator.gather, "ALL").result(BOUND)] == ["met"] * 3
+
+
+def _is_complete(job: Job) -> bool:
+    return job.is_complete
 
 
 class BackendCallbacks(BackendFixtures):

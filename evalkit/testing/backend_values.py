@@ -9,13 +9,15 @@ import itertools
 import math
 import os
 import socket
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from evalkit import Evaluator, JobCause, JobState, call_with_kwargs
-from evalkit.errors import BackendError
+from evalkit.errors import BackendError, EvalkitError
 from evalkit.job import JobMetadata
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, BackendFixtures, in_background
@@ -71,6 +73,26 @@ class BackendValues(BackendFixtures):
         assert type(jobs[0].output["data"]) is kind
         assert jobs[0].output["data"] == data
         assert jobs[1].output["length"] == 8
+
+    @pytest.mark.parametrize("n", [3, 2**20])
+    def test_arrays_arrive_as_their_own(self, make: Make, n: int) -> None:
+        numpy = pytest.importorskip("numpy")
+        evaluator = make(functions.add_one, num_workers=2)
+        given = numpy.arange(n, dtype=float)
+        (job,) = evaluator.submit([{"array": given.copy()}])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+        assert job.error is None, "it can be written to, however it came"
+        assert numpy.array_equal(job.output, given + 1)
+        job.output[0] = 7.0
+
+    def test_jobs_see_the_objects_of_this_process_or_copies(self, make: Make) -> None:
+        evaluator = make(functions.mark)
+        point = functions.Point(1)
+        (job,) = evaluator.submit([{"point": point}])
+        evaluator.gather("ALL")
+        assert job.output.x == -1
+        assert point.x == (-1 if self.can.same_memory else 1)
+        assert (job.output is point) == self.can.same_memory
 
     def test_sizes_around_every_buffer(self, make: Make) -> None:
         evaluator = make(functions.big, num_workers=2)
@@ -152,6 +174,37 @@ class BackendFunctions(BackendFixtures):
             (job,) = evaluator.submit([{"x": 1}])
             evaluator.gather("ALL")
             assert job.output == 1001
+
+    def test_what_cannot_be_imported_does_not_hang_where_it_does_not_travel(self, make: Make) -> None:
+        self.need(not self.can.by_value, "lack of functions by value")
+        try:
+            evaluator = make(lambda job: job["x"])
+        except EvalkitError as exc:
+            assert "lambda" in str(exc)  # noqa: PT017 - one of two ways of saying it
+            return
+        (job,) = evaluator.submit([{"x": 1}])
+        assert in_background(evaluator.gather, "ALL").result(BOUND) == [job]
+        assert job.is_success or "lambda" in str(job.error), "it names what does not travel"
+
+    @pytest.mark.parametrize("what", ["function", "argument"])
+    def test_a_module_that_workers_cannot_import_is_named(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        self.need(not self.can.same_memory, "memory of its own in a worker")
+        # It is here, so all travels by reference; there is no file that another process could import.
+        module = types.ModuleType("module_of_the_user")
+        exec("def double(job):\n    return job['x'] * 2\nclass Point: pass", vars(module))  # noqa: S102
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        try:
+            evaluator = make(module.double if what == "function" else functions.echo)
+        except EvalkitError as exc:
+            assert module.__name__ in str(exc)  # noqa: PT017 - one of two ways of saying it
+            return
+        jobs = evaluator.submit([{"x": module.Point()}, {"x": 1}])
+        assert in_background(evaluator.gather, "ALL").result(BOUND) == jobs
+        assert (jobs[0].state, jobs[0].cause) == (JobState.FAILED, JobCause.EXCEPTION)
+        assert f"No module named '{module.__name__}'" in str(jobs[0].error)
+        assert jobs[1].is_success == (what == "argument"), "what can be imported runs"
 
     def test_an_argument_may_be_a_function(self, make: Make) -> None:
         self.need(self.can.by_value, "functions by value")

@@ -30,19 +30,25 @@ __all__ = [
     "WontLoad",
     "add",
     "add_offset",
+    "add_one",
     "admit",
+    "ask",
     "big",
     "counting_init",
     "die",
     "die_at_first",
+    "die_beside",
     "echo",
+    "end_somehow",
     "exploding_init",
     "fail_at_first",
     "fail_with_records",
     "heed",
     "hold",
+    "linger",
     "lock_in_output",
     "make_point",
+    "mark",
     "meddle",
     "nap",
     "report_nan",
@@ -185,6 +191,34 @@ def big(job: RunningJob) -> Any:
     if bytes(data[:4]) != b"head" or bytes(data[-4:]) != b"tail":
         raise ValueError("the argument did not arrive whole")
     return {"type": type(data).__name__, "data": data, "length": len(data)}
+
+
+def mark(job: RunningJob) -> Any:
+    """Change an object that is a parameter, and return it."""
+    job["point"].x = -1
+    return job["point"]
+
+
+def add_one(job: RunningJob) -> Any:
+    """Change an array in place: what arrives belongs to the job."""
+    array = job["array"]
+    array += 1
+    return array
+
+
+def end_somehow(job: RunningJob) -> str:
+    """Report and record, then raise or return."""
+    job.report(0.25, "first")
+    job.record(step=0)
+    job.report(0.75, "second")
+    if job["how"] == "raise":
+        raise ValueError("as it was told")
+    return "returned"
+
+
+def ask(job: RunningJob) -> bool:
+    """Return whether it was asked to stop."""
+    return job.stopped()
 
 
 def report_nan(job: RunningJob) -> None:
@@ -352,11 +386,15 @@ def unloadable(_job: RunningJob) -> WontLoad:
 
 
 def hold(job: RunningJob) -> Steps:
-    """Create the file ``started``, with the process id, and wait for the file ``release``; be deaf to requests."""
+    """Create the file ``started``, with the process id, wait for the file ``release``, and create the file
+    ``finished``; be deaf to requests.
+    """
     if "started" in job:
         _touch(job["started"], str(os.getpid()))
     if "release" in job:
         yield from _until(job["release"])
+    if "finished" in job:
+        _touch(job["finished"])
     return job.get("x")
 
 
@@ -375,6 +413,35 @@ def heed(job: RunningJob) -> Steps:
         yield
     job.record(step=1)
     return "stopped"
+
+
+def die_beside(job: RunningJob) -> Steps:
+    """Once the file ``after`` is there, take the process down; without one, record and do as :func:`hold`."""
+    if "after" in job:
+        yield from _until(job["after"])
+        _touch(job["started"], str(os.getpid()))
+        os._exit(6)
+    job.record(step=0)
+    yield from hold(job)
+    job.record(step=1)
+    return "unharmed"
+
+
+def linger(job: RunningJob) -> Steps:
+    """Be deaf, and speak when the next attempt runs; which waits for that."""
+    if job.attempt == 0:
+        try:
+            yield from _until(job["again"])
+            job.record(step=0)
+            job.report(0.9, "the first")
+        finally:  # also of a coroutine that was cancelled
+            _touch(job["said"])
+        return "the first"
+    job.report(0.1, "the second")
+    _touch(job["again"])
+    yield from _until(job["said"])
+    job.record(step=1)
+    return "the second"
 
 
 def tell(job: RunningJob) -> Steps:

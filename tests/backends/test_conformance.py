@@ -66,6 +66,7 @@ class _OwnThreads(ExecutorBackend):
 
 class TestOwnThreadExecutor(_ThirdParty):
     backend = _OwnThreads
+    exits_at_once = False
 
 
 class _OwnProcesses(ExecutorBackend):
