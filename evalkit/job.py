@@ -297,8 +297,8 @@ class Job:
         self.error = error
         self.cause = cause
         self.measured.attempt = self.attempt
-        if type(output) is dict and isinstance(output.get("metadata"), Mapping):
-            self.measured.extra = {str(key): value for key, value in output["metadata"].items()}
+        if type(output) is dict and "metadata" in output:
+            self.measured.extra = _returned_metadata(output["metadata"])
         if stop_message is not None:
             self._stop_message = stop_message
         self._state = state
@@ -345,3 +345,11 @@ class Job:
         if self.is_complete:
             for waiting in self._take_callbacks():
                 waiting(self)
+
+
+def _returned_metadata(given: Any) -> dict[str, Any] | None:
+    """What the run function returned as metadata, if that can be read; it stays in the output in any case."""
+    try:
+        return {str(key): value for key, value in given.items()} if isinstance(given, Mapping) else None
+    except Exception:  # noqa: BLE001 - a mapping and its keys may be of the user's classes
+        return None

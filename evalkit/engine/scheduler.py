@@ -221,14 +221,18 @@ class Scheduler:
                     waiter.wait(0.05 if left is None else min(left, 0.05))
             return True
         except BaseException:
-            # Ctrl-C: what the waiter was given meanwhile is for the next who gathers.
+            # Ctrl-C: it is given nothing more from here on, and what it was given is for the next who gathers.
+            self._strike(waiter)
             self.put_back(waiter.jobs)
             raise
         finally:
             if not waiter.done:
-                with self._lock:
-                    if waiter in self._waiters:
-                        self._waiters.remove(waiter)
+                self._strike(waiter)
+
+    def _strike(self, waiter: Waiter) -> None:
+        with self._lock:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
 
     def _release_waiters(self) -> None:
         """First come, first served: what one is given, the next does not count on."""
@@ -252,7 +256,7 @@ class Scheduler:
                 self._pump_again = False
                 batch = self._next_batch()
                 if batch:
-                    self._backend.dispatch(batch)
+                    self._dispatch(batch)
                     # Who cancelled one of them a moment ago may have asked a backend that did not know it yet.
                     for job in batch if self._dooms else ():
                         if job.id in self._dooms:
@@ -261,6 +265,16 @@ class Scheduler:
                 self._dispatching.release()
             if not batch and not self._pump_again:
                 return
+
+    def _dispatch(self, batch: list[Job]) -> None:
+        try:
+            self._backend.dispatch(batch)
+        except Exception as exc:  # whoever submits or gathers would have to pay for a broken engine otherwise
+            from evalkit.backends.execution import describe
+
+            _log.exception("the backend did not take %d jobs", len(batch))
+            error = describe(exc)
+            self.emit([Failed(job.id, JobCause.LOST, error) for job in batch])
 
     def _next_batch(self) -> list[Job]:
         pending = self._pending

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from evalkit import ErrorInfo, Evaluator, JobCause, JobState, RetryPolicy
+from evalkit import Callback, ErrorInfo, Evaluator, JobCause, JobState, RetryPolicy
 from evalkit.backends import Done, Failed, Lost
+from evalkit.engine.notifier import Notifier
+from evalkit.errors import BackendError
+from evalkit.storage.memory import MemoryStorage
+from evalkit.testing.backend_fixtures import BOUND, in_background
 
 from faketime import FakeTime, fake_time
 from scripted import WORKER, ScriptedBackend
@@ -112,3 +118,80 @@ def test_nothing_is_sent_to_the_backend_once_the_search_ends(end: str, make: Mak
     else:
         evaluator.stop("enough")
     assert sent == ["0.0", "0.1", "0.2"]
+
+
+class _Unspeakable:
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+class _Unreadable(dict[str, Any]):
+    def items(self) -> Any:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("metadata", [{_Unspeakable(): 1}, _Unreadable(a=1)], ids=["key", "mapping"])
+def test_metadata_that_cannot_be_read_hangs_nobody(metadata: Any, make: Make) -> None:
+    evaluator, backend = make()
+    (job,) = evaluator.submit([{}])
+    backend.send(Done(start(backend), {"objective": 1.0, "metadata": metadata}))
+    assert evaluator.gather("ALL") == [job]
+    assert (job.state, job.objective) == (JobState.DONE, 1.0)
+
+
+def test_a_backend_that_takes_no_task_fails_the_job_and_hangs_nobody(make: Make, caplog: Any) -> None:
+    evaluator, backend = make()
+    backend.dispatch = _refuse  # type: ignore[method-assign]
+    (job,) = evaluator.submit([{}])
+    assert evaluator.gather("ALL") == [job]
+    assert (job.state, job.cause) == (JobState.FAILED, JobCause.LOST)
+    assert "the engine is broken" in str(job.error)
+
+
+def _refuse(tasks: Any) -> None:
+    raise BackendError("the engine is broken")
+
+
+class _Told(Callback):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def on_gather(self, jobs: Any) -> None:
+        self.told.append("gather")
+
+    def on_close(self) -> None:
+        self.told.append("close")
+
+
+def test_what_is_gathered_after_close_waits_for_no_callback_that_is_gone() -> None:
+    told = _Told()
+    notifier = Notifier([told])
+    notifier.post("on_gather", [[]])
+    notifier.close()
+    notifier.post("on_gather", [[]])  # a gather in another thread, which close has let go
+    in_background(notifier.drain).result(BOUND)
+    assert told.told == ["gather", "close"]
+
+
+class _SlowChanges(MemoryStorage):
+    """Answers only when two ask at once, if they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = threading.Barrier(2)
+
+    def changes(self, *args: Any) -> Any:
+        found = super().changes(*args)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.both.wait(0.2)
+        return found
+
+
+def test_what_others_did_is_given_to_one_of_two_who_ask_at_once() -> None:
+    storage = _SlowChanges()
+    with Evaluator.create(lambda job: 1, "serial", {"storage": storage}) as here:
+        with Evaluator.create(lambda job: 1, "serial", {"storage": storage, "search_id": here.search_id}) as there:
+            there.submit([{}])
+            there.gather("ALL")
+        answers = [in_background(here.gather_other_jobs_done) for _ in range(2)]
+        assert sum(len(answer.result(BOUND)) for answer in answers) == 1
