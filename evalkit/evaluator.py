@@ -127,6 +127,8 @@ class Evaluator:
             self._numbers = itertools.count()
             self._submitted = 0
             self._gathered = 0
+            self._counting = threading.Lock()
+            self._catching_up = threading.Lock()  # with what others have done
             self._budget = Budget(self._scheduler, self._timers)
             self._closing = threading.Lock()
             self._awaiter: Awaiter | None = None
@@ -283,7 +285,8 @@ class Evaluator:
         except BaseException:
             self._scheduler.put_back(jobs)
             raise
-        self._gathered += len(jobs)
+        with self._counting:
+            self._gathered += len(jobs)
         if self._notifier.active:
             self._notifier.post("on_gather", [jobs])
             self._notifier.drain()
@@ -297,7 +300,8 @@ class Evaluator:
             EvaluatorClosedError: after ``close``.
         """
         self._budget.check_open()
-        records, self._cursor = self._storage.changes(self._search_id, self._cursor)
+        with self._catching_up:
+            records, self._cursor = self._storage.changes(self._search_id, self._cursor)
         jobs = [_job_of(record) for record in records if record.owner != self._owner and record.is_complete]
         if jobs and self._notifier.active:
             self._notifier.post("on_done_other", jobs)
@@ -461,8 +465,6 @@ class Evaluator:
                         self._submitting.release()
                     self._recorder.flush()
                 finally:
-                    if self._notifier.active:
-                        self._notifier.post("on_close", [None])
                     self._notifier.close()
                     if self._owns_storage:
                         self._storage.close()

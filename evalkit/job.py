@@ -323,7 +323,7 @@ class Job:
             )
 
     def start(self, time: float, ran_by: WorkerIdentity | None = None) -> None:
-        """It runs, since ``time`` (seconds since the Unix epoch)."""
+        """It runs, since ``time`` (seconds since the Unix epoch); this may come after the news that it does."""
         if self._state is not _RUNNING and self._state is not JobState.CANCELLING:
             self.move(_RUNNING)
         self._measured, self._ran_by = (time, None, None, None), ran_by
@@ -358,7 +358,7 @@ class Job:
             IllegalTransitionError: that state cannot follow the present one; the job is as it was.
         """
         measured = None if run is None else run.measured
-        if measured is not None and self._state is _QUEUED:
+        if run is not None and self._state is _QUEUED and (measured is not None or state is JobState.DONE):
             self._state = _RUNNING  # over so soon that nobody told of its start
         self._check_transition(state)
         # What belongs to the end is in place before the state says that it has come: readers take no lock.
@@ -417,6 +417,9 @@ class Job:
 
 
 def _metadata_in(output: Any) -> dict[str, Any] | None:
-    if type(output) is dict and isinstance(output.get("metadata"), Mapping):
-        return {str(key): value for key, value in output["metadata"].items()}
-    return None
+    """What the run function returned as metadata, if that can be read; it stays in the output in any case."""
+    given = output.get("metadata") if type(output) is dict else None
+    try:
+        return {str(key): value for key, value in given.items()} if isinstance(given, Mapping) else None
+    except Exception:  # noqa: BLE001 - a mapping and its keys may be of the user's classes
+        return None

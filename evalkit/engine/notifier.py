@@ -47,16 +47,23 @@ class Notifier:
         self.active = True
 
     def post(self, method: str, subjects: Iterable[Any]) -> None:
-        """Have ``callback.<method>(subject)`` called for each subject, soon. Never calls anything itself."""
+        """Have ``callback.<method>(subject)`` called for each subject, soon. Never calls anything itself.
+
+        After :meth:`close` nothing is called.
+        """
         with self._changed:
-            self._queue.extend((method, subject) for subject in subjects)
-            if self.inline or self._closed:
-                return
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="evalkit-callbacks", daemon=True)
-                self._thread.start()
-            elif self._busy is None:
-                self._changed.notify_all()
+            if not self._closed:
+                self._enqueue((method, subject) for subject in subjects)
+
+    def _enqueue(self, calls: Iterable[tuple[str, Any]]) -> None:
+        self._queue.extend(calls)
+        if self.inline:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="evalkit-callbacks", daemon=True)
+            self._thread.start()
+        elif self._busy is None:
+            self._changed.notify_all()
 
     def drain(self) -> None:
         """Return once everything posted so far has been called. In a callback, return at once."""
@@ -70,11 +77,13 @@ class Notifier:
                 self._changed.wait()
 
     def close(self) -> None:
-        """Call what was posted, then end."""
-        self.drain()
+        """Call what was posted, then ``on_close``, and end."""
         with self._changed:
+            if self._callbacks and not self._closed:
+                self._enqueue([("on_close", None)])
             self._closed = True
             self._changed.notify_all()
+        self.drain()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 

@@ -30,6 +30,7 @@ from evalkit.backends.events import (
     Recorded,
     Started,
 )
+from evalkit.backends.execution import describe
 from evalkit.engine.clock import Clock
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
@@ -87,6 +88,7 @@ class Scheduler:
         # Running jobs that were asked to stop: id -> why. CANCELLING is in the job's state; the others are out of time.
         self._dooms: dict[str, str] = {}
         self._failures: dict[str, list[JobCause]] = {}
+        self._losses: dict[str, int] = {}  # runs that ended by no fault of their job
         self._waiters: list[Waiter] = []
         self._last_number = -1
         self._closed_because: str | None = None
@@ -217,14 +219,18 @@ class Scheduler:
                     waiter.wait(0.05 if left is None else min(left, 0.05))
             return True
         except BaseException:
-            # Ctrl-C: what the waiter was given meanwhile is for the next who gathers.
+            # Ctrl-C: it is given nothing more from here on, and what it was given is for the next who gathers.
+            self._strike(waiter)
             self.put_back(waiter.jobs)
             raise
         finally:
             if not waiter.done:
-                with self._lock:
-                    if waiter in self._waiters:
-                        self._waiters.remove(waiter)
+                self._strike(waiter)
+
+    def _strike(self, waiter: Waiter) -> None:
+        with self._lock:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
 
     def _release_waiters(self) -> None:
         """First come, first served: what one is given, the next does not count on."""
@@ -248,7 +254,7 @@ class Scheduler:
                 self._pump_again = False
                 batch = self._next_batch()
                 if batch:
-                    self._backend.dispatch(batch)
+                    self._dispatch(batch)
                     # Who cancelled one of them a moment ago may have asked a backend that did not know it yet.
                     for job in batch if self._dooms else ():
                         if job.id in self._dooms:
@@ -258,11 +264,21 @@ class Scheduler:
             if not (self._pump_again or (batch and self._pending)):
                 return
 
+    def _dispatch(self, batch: list[Job]) -> None:
+        try:
+            self._backend.dispatch(batch)
+        except Exception as exc:  # noqa: BLE001 - whoever submits or gathers would have to pay for a broken engine otherwise
+            _log.exception("the backend did not take %d jobs", len(batch))
+            error = describe(exc)
+            self.emit([Failed(job.id, JobCause.LOST, error) for job in batch])
+
     def _next_batch(self) -> list[Job]:
         pending = self._pending
         if not pending:
             return []
         with self._lock:
+            if self._closed_because is not None:
+                return []  # all of them are being cancelled; what goes makes no room for another attempt
             in_backend = self._in_backend
             room = self._backend.capacity - len(in_backend)
             batch: list[Job] = []
@@ -361,10 +377,10 @@ class Scheduler:
 
     def _on_lost(self, turn: _Turn, job: Job, event: Lost) -> None:
         self._leave_backend(job)
-        failures = self._failures.setdefault(job.id, [])
-        failures.append(JobCause.LOST)
-        too_often = failures.count(JobCause.LOST) > _MAX_LOSSES
-        if job.id in self._dooms or job.state is JobState.CANCELLING or too_often:
+        if self._dooms and self._again(turn, job, None):
+            return  # it was out of time before it was lost
+        losses = self._losses[job.id] = self._losses.get(job.id, 0) + 1
+        if job.id in self._dooms or job.state is JobState.CANCELLING or losses > _MAX_LOSSES:
             self._end(turn, job, JobState.FAILED, None, None, ErrorInfo("JobLost", event.reason), JobCause.LOST)
             return
         # The machine's fault, not the job's: it goes first, and none of its own retries is used up.
@@ -404,6 +420,8 @@ class Scheduler:
         self._finished[job_id] = job
         if self._failures:
             self._failures.pop(job_id, None)
+        if self._losses:
+            self._losses.pop(job_id, None)
         turn.ended.append(job)
 
     # -- other attempts -------------------------------------------------------------------------------------------
@@ -443,10 +461,12 @@ class Scheduler:
         with self._lock:
             if job.is_complete:
                 return CancelOutcome.TOO_LATE
-            if job.state is JobState.CANCELLING or job.id in self._dooms:
+            if job.state is JobState.CANCELLING:
                 return CancelOutcome.REQUESTED
             ran = job.state is JobState.RUNNING
             job.move(JobState.CANCELLING, reason)
+            if job.id in self._dooms:  # out of time, so it was asked to stop; now it gets no other attempt either
+                return CancelOutcome.REQUESTED
             sent = job.id in self._in_backend
             if sent:
                 self._dooms[job.id] = reason
@@ -458,14 +478,14 @@ class Scheduler:
         if sent:
             self._backend.cancel(job.id, kill=False)
             if job.id in self._out:
-                self._timers.call_later(self._patience, self._kill, job.id)
+                self._timers.call_later(self._patience, self._kill, job, job.attempt)
         return CancelOutcome.REQUESTED if ran or job.id in self._out else CancelOutcome.CANCELLED
 
     def _check_timeouts(self) -> None:
         limit = self._job_timeout
         if limit is None:
             return
-        due: list[str] = []
+        due: list[tuple[Job, int]] = []
         with self._lock:
             now = time.monotonic()
             self._timeout_scheduled = False
@@ -474,19 +494,20 @@ class Scheduler:
                     self._timeout_scheduled = True
                     self._timers.call_later(since + limit - now, self._check_timeouts)
                     break
-                due.append(job_id)
-            for job_id in due:
-                del self._running[job_id]
-                self._dooms.setdefault(job_id, f"it ran longer than job_timeout={limit:g} s")
-        for job_id in due:
-            self._backend.cancel(job_id, kill=False)
-            self._timers.call_later(self._patience, self._kill, job_id)
+                job = self._in_backend[job_id]
+                due.append((job, job.attempt))
+            for job, _ in due:
+                del self._running[job.id]
+                self._dooms.setdefault(job.id, f"it ran longer than job_timeout={limit:g} s")
+        for job, attempt in due:
+            self._backend.cancel(job.id, kill=False)
+            self._timers.call_later(self._patience, self._kill, job, attempt)
 
-    def _kill(self, job_id: str) -> None:
+    def _kill(self, job: Job, attempt: int) -> None:
         with self._lock:
-            if job_id not in self._dooms:
-                return
-        self._backend.cancel(job_id, kill=True)
+            if job.id not in self._dooms or job.attempt != attempt:
+                return  # it has ended; what runs by now is another attempt
+        self._backend.cancel(job.id, kill=True)
 
 
 class _Turn:
