@@ -12,6 +12,7 @@ from evalkit.errors import (
     JobFailedError,
     JobNotCompleteError,
 )
+from evalkit.joblog import JobLog
 from evalkit.metadata import JobMetadata
 from evalkit.objectives import is_failed_objective, objective_of
 from evalkit.states import (
@@ -31,6 +32,7 @@ __all__ = [
     "ErrorInfo",
     "Job",
     "JobCause",
+    "JobLog",
     "JobMetadata",
     "JobOwner",
     "JobState",
@@ -58,6 +60,10 @@ class JobOwner(Protocol):
 
     def wait_job(self, job: Job, timeout: float | None) -> bool: ...
 
+    def log_of(self, job: Job) -> JobLog | None:
+        """What a running job has printed by now; None if that is not captured."""
+        ...
+
 
 class Job:
     """One evaluation: a live handle, the same object from ``submit`` to ``gather``.
@@ -74,6 +80,7 @@ class Job:
         error: what went wrong, for a failed job.
         cause: the kind of failure, for a failed job.
         number: its place in the order of submission, from 0, within its evaluator.
+        captured: what it printed, once that is all; None if it printed nothing, or nobody captured it.
         measured: what was measured of it; ``metadata`` is the dict of the same.
     """
 
@@ -88,6 +95,7 @@ class Job:
         "_stop_message",
         "args",
         "attempt",
+        "captured",
         "cause",
         "error",
         "id",
@@ -106,6 +114,7 @@ class Job:
         self.output: Any = None
         self.error: ErrorInfo | None = None
         self.cause: JobCause | None = None
+        self.captured: JobLog | None = None
         self.measured = JobMetadata(created)
         self._state = JobState.QUEUED
         self._owner = owner
@@ -185,6 +194,23 @@ class Job:
     def records(self) -> list[dict[str, Any]]:
         """What the run function recorded while it ran, in order; kept whatever becomes of the job."""
         return [] if self._records is None else list(self._records)
+
+    @property
+    def log(self) -> str:
+        """What it printed, with the middle left out if that is long; while it runs, what it has printed by now.
+
+        Empty where the backend does not capture it (``process`` does), and for a job that another evaluator has run:
+        ``storage.load_log(job.id)`` has the log of every job that has ended.
+        """
+        log = self.printed
+        return "" if log is None else str(log)
+
+    @property
+    def printed(self) -> JobLog | None:
+        """The same as bytes, with how many of them are left out; None if there is nothing."""
+        if self.captured is None and self._owner is not None and self.is_running:
+            return self._owner.log_of(self) or self.captured  # it may have ended meanwhile
+        return self.captured
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -270,7 +296,7 @@ class Job:
         """Back to the queue for another attempt; what the last one left is dropped, its records stay."""
         self.move(JobState.QUEUED)
         self.attempt += 1
-        self.output = self.error = self.cause = None
+        self.output = self.error = self.cause = self.captured = None
         self.measured.timestamp_start = self.measured.timestamp_end = None
         self._progress, self._phase = 0.0, ""
 
@@ -333,6 +359,9 @@ class Job:
         if self._records is None:
             self._records = []
         self._records.append(values)
+
+    def note_log(self, log: JobLog) -> None:
+        self.captured = log
 
     def when_complete(self, callback: Callable[[Job], None]) -> None:
         """Have ``callback(job)`` called once, at the end, from whatever thread brings it; here and now if it has ended.

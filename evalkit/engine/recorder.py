@@ -132,7 +132,7 @@ def _update(job: Job, ended: bool) -> JobUpdate | None:
     state = job.state
     if not ended and state in TERMINAL_STATES:
         return None
-    records = job.records
+    records, captured = job.records, job.captured
     return JobUpdate(
         job.id,
         state,
@@ -142,4 +142,5 @@ def _update(job: Job, ended: bool) -> JobUpdate | None:
         job.measured,
         records or None,
         job.attempt,
+        log=None if captured is None or not ended else str(captured),
     )

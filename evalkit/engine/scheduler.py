@@ -27,6 +27,7 @@ from evalkit.backends.events import (
     Failed,
     Lost,
     Measured,
+    Printed,
     Progress,
     Recorded,
     Started,
@@ -38,7 +39,7 @@ from evalkit.engine.recorder import Recorder
 from evalkit.engine.retry import RetryPolicy
 from evalkit.engine.waiting import AllWaiter, BatchWaiter, JobWaiter, Waiter
 from evalkit.errors import SearchStoppedError
-from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobState
+from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobLog, JobState
 
 __all__ = ["Scheduler"]
 
@@ -97,6 +98,7 @@ class Scheduler:
             Started: self._on_started,
             Progress: self._on_progress,
             Recorded: self._on_recorded,
+            Printed: self._on_printed,
             Failed: self._on_failed,
             Cancelled: self._on_cancelled,
             Lost: self._on_lost,
@@ -181,6 +183,9 @@ class Scheduler:
 
     def cancel_job(self, job: Job) -> CancelOutcome:
         return self._cancel(job, "cancelled by the user")
+
+    def log_of(self, job: Job) -> JobLog | None:
+        return self._backend.log_of(job.id)
 
     def give_up(self, reason: str) -> None:
         """The backend has stopped: what has not ended by now never will."""
@@ -340,6 +345,9 @@ class Scheduler:
     def _on_recorded(self, turn: _Turn, job: Job, event: Recorded) -> None:
         job.note_record(event.values)
         turn.touched.append(job)
+
+    def _on_printed(self, turn: _Turn, job: Job, event: Printed) -> None:
+        job.note_log(event.log)
 
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
         if job.state is JobState.QUEUED:

@@ -99,6 +99,7 @@ class JobUpdate:
         output: written when ``state`` is terminal, None included.
         metadata: replaces what is stored.
         records: replaces what is stored.
+        log: what the job printed; replaces what is stored.
         if_version: the version that the writer has read; at any other the write is refused.
     """
 
@@ -112,6 +113,7 @@ class JobUpdate:
     attempt: int | None = None
     worker: str | None = None
     if_version: int | None = None
+    log: str | None = None
 
 
 class Storage(ABC):
@@ -228,6 +230,16 @@ class Storage(ABC):
             SearchNotFoundError: there is no such search.
             JobNotFoundError: one of ``ids`` does not exist.
         """
+
+    def load_log(self, job_id: str) -> str:
+        """Read what a job printed; ``""`` if it printed nothing, or this storage keeps no logs.
+
+        Logs are large beside everything else, so they are not part of the records.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return ""
 
     @abstractmethod
     def count_jobs(self, search_id: str) -> dict[JobState, int]:
