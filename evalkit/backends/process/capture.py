@@ -34,7 +34,7 @@ from typing import Any
 
 from evalkit.joblog import JobLog
 
-__all__ = ["HEAD", "TAIL", "Capture", "Trimmer", "can_capture", "create", "excerpt"]
+__all__ = ["HEAD", "TAIL", "Capture", "Trimmer", "can_capture", "create", "excerpt", "flush_all"]
 
 HEAD = TAIL = 32 * 1024  # bytes that are kept of the beginning and of the end of what a job prints
 _SLACK = 1 << 20  # bytes before the end of the file that are not given back, so that whoever reads the tail finds it
@@ -91,14 +91,15 @@ class Capture:
         self.fd = fd
         self.end = 0
         self._cell = cell
-        _flush_all()
-        sys.stdout = self.stdout = _unbuffered(1)
-        sys.stderr = self.stderr = _unbuffered(2)
+        flush_all()
+        sys.stdout = sys.__stdout__ = self.stdout = _unbuffered(1)  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = self.stderr = _unbuffered(2)  # type: ignore[misc]
 
     def begin(self) -> None:
         """From now on, what is printed is a job's."""
-        _flush_all()
+        flush_all()
         assert _libc is not None  # noqa: S101 - can_capture() said so
+        _libc.fflush(None)
         # C holds nothing back either.
         for name in ("stdout", "stderr"):
             with contextlib.suppress(ValueError):  # a libc where these are no symbols
@@ -124,12 +125,11 @@ def _unbuffered(fd: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
 
 
-def _flush_all() -> None:
+def flush_all() -> None:
+    """Write what Python holds back of what was printed, whatever the user has made of its streams."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(Exception):
             stream.flush()
-    if _libc is not None:
-        _libc.fflush(None)
 
 
 class Trimmer:

@@ -19,19 +19,23 @@ from collections.abc import Collection
 
 __all__ = ["Orphans", "children", "descendants"]
 
+#: Whether the system lists the children of a process (Linux, as a rule); else all processes have to be searched.
+_LISTED = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
 
 def children(pid: int) -> list[int]:
     """The processes that a process has started, or adopted, and that are not reaped."""
     found: list[int] = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(ProcessLookupError), open(f"/proc/{pid}/task/{thread}/children") as file:
-                found += map(int, file.read().split())
-    except OSError:  # it is gone; or this system does not list them so, and a search of all processes has to do
+    if not _LISTED:
         import psutil
 
         with contextlib.suppress(psutil.Error):
             found = [child.pid for child in psutil.Process(pid).children()]
+        return found
+    with contextlib.suppress(OSError):  # it is gone
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
     return found
 
 

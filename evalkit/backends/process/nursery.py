@@ -3,7 +3,8 @@
 A fork of a clean process is safe and takes milliseconds, where a fork of the user's program (threads, locks, GPU
 contexts) is not safe and a new interpreter takes a hundred times as long. The nursery is also what makes sure that
 nothing outlives the master: it learns of the master's death, even by SIGKILL, and takes every worker with all that it
-started along. It also keeps what jobs print and the memory they take within bounds. If the nursery itself is killed, the kernel kills the workers (Linux).
+started along. It also keeps what jobs print, and the memory they take, within bounds. If the nursery itself is killed,
+the kernel kills the workers (Linux).
 
 ::
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from evalkit.backends.base import RunFunction
 from evalkit.backends.execution import PeakMemory, describe
-from evalkit.backends.process.capture import Capture
+from evalkit.backends.process.capture import Capture, flush_all
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
@@ -265,15 +265,14 @@ class _Worker:
     def _collect_output(self) -> None:
         """What the job printed is on its way before its result is."""
         capture = self._capture
+        if capture is None or sys.stdout is not capture.stdout or sys.stderr is not capture.stderr:
+            flush_all()
+        if capture is None:
+            return
         try:
-            if capture is None or sys.stdout is not capture.stdout or sys.stderr is not capture.stderr:
-                sys.stdout.flush()
-                sys.stderr.flush()
-            if capture is None:
-                return
             size = os.lseek(capture.fd, 0, os.SEEK_END)
-        except (OSError, ValueError, AttributeError):
-            return  # closed, or replaced by the user's function
+        except OSError:
+            return  # closed by the user's function
         if size != capture.end:
             self.send(Kind.LOG, pickle.dumps(capture.take(size), 5))
             capture.release()
