@@ -67,5 +67,7 @@ class BackendSuite(
             that do not tell set it to False.
         takes_back: whether a job that was dispatched and has not started can still be kept from running; engines that
             hold tasks ahead and do not give them back set it to False.
+        kills_children: whether what a job has started ends with it when it is killed, for a backend whose jobs have
+            processes of their own; engines that only know their own workers set it to False.
         grace: seconds that a job that is asked to stop has, in tests where it does not listen.
     """

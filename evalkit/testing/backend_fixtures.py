@@ -32,6 +32,7 @@ class BackendFixtures:
     coroutines: ClassVar[bool] = False
     says_how_workers_die: ClassVar[bool] = True
     takes_back: ClassVar[bool] = True
+    kills_children: ClassVar[bool] = True
     #: Seconds that the suite gives a job that is asked to stop; short, since most of its jobs don't listen.
     grace: ClassVar[float] = 0.2
 
@@ -59,7 +60,9 @@ class BackendFixtures:
             with self.create(functions.echo) as evaluator:
                 backend = evaluator.backend
                 options = inspect.signature(type(backend).__init__).parameters
-                cls._traits = _Traits(backend.capabilities, backend.runs_in_caller, "worker_init" in options)
+                cls._traits = _Traits(
+                    backend.capabilities, backend.runs_in_caller, "worker_init" in options, "capture" in options
+                )
         return cls._traits
 
     @property
@@ -101,10 +104,11 @@ class BackendFixtures:
 
 
 class _Traits:
-    def __init__(self, capabilities: Capabilities, inline: bool, takes_worker_init: bool) -> None:
+    def __init__(self, capabilities: Capabilities, inline: bool, takes_worker_init: bool, captures: bool) -> None:
         self.capabilities = capabilities
         self.inline = inline
         self.takes_worker_init = takes_worker_init
+        self.captures = captures
 
 
 class Files:

@@ -128,8 +128,10 @@ def _unbuffered(fd: int) -> io.TextIOWrapper:
 def flush_all() -> None:
     """Write what Python holds back of what was printed, whatever the user has made of its streams."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
+        try:
             stream.flush()
+        except Exception:  # noqa: BLE001, S112 - closed, or none, or what its author made of it
+            continue
 
 
 class Trimmer:
