@@ -12,6 +12,7 @@ from evalkit.errors import (
     JobFailedError,
     JobNotCompleteError,
 )
+from evalkit.joblog import JobLog
 from evalkit.metadata import JobMetadata, Measured, WorkerIdentity
 from evalkit.objectives import is_failed_objective, objective_of
 from evalkit.states import (
@@ -31,6 +32,7 @@ __all__ = [
     "ErrorInfo",
     "Job",
     "JobCause",
+    "JobLog",
     "JobMetadata",
     "JobOwner",
     "JobState",
@@ -62,6 +64,10 @@ class JobOwner(Protocol):
 
     def wait_job(self, job: Job, timeout: float | None) -> bool: ...
 
+    def log_of(self, job: Job) -> JobLog | None:
+        """What a running job has printed by now; None if that is not captured."""
+        ...
+
 
 class Run(Protocol):
     """How a run ended, as far as its job keeps it."""
@@ -76,13 +82,14 @@ class Run(Protocol):
 class _Said:
     """What few jobs say of themselves while they live."""
 
-    __slots__ = ("phase", "progress", "records", "stop_message")
+    __slots__ = ("captured", "phase", "progress", "records", "stop_message")
 
     def __init__(self) -> None:
         self.progress = 0.0
         self.phase = ""
         self.records: list[dict[str, Any]] = []
         self.stop_message: str | None = None
+        self.captured: JobLog | None = None
 
 
 _NOTHING = _Said()
@@ -243,6 +250,23 @@ class Job:
         return known
 
     @property
+    def log(self) -> str:
+        """What it printed, with the middle left out if that is long; while it runs, what it has printed by now.
+
+        Empty where the backend does not capture it (``process`` does), and for a job that another evaluator has run:
+        ``storage.load_log(job.id)`` has the log of every job that has ended.
+        """
+        log = self.printed
+        return "" if log is None else str(log)
+
+    @property
+    def printed(self) -> JobLog | None:
+        """The same as bytes, with how many of them are left out; None if there is nothing."""
+        if self._said.captured is None and self._owner is not None and self.is_running:
+            return self._owner.log_of(self) or self._said.captured  # it may have ended meanwhile
+        return self._said.captured
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """A new dict of what was measured and of what the run function returned under ``"metadata"``."""
         return dict(self.measured)
@@ -334,7 +358,7 @@ class Job:
         self.attempt += 1
         self.output = self.error = self.cause = self._measured = self._ran_by = None
         if self._said is not _NOTHING:
-            self._said.progress, self._said.phase = 0.0, ""
+            self._said.progress, self._said.phase, self._said.captured = 0.0, "", None
 
     def finish(
         self,
@@ -402,6 +426,9 @@ class Job:
 
     def note_record(self, values: dict[str, Any]) -> None:
         self._say().records.append(values)
+
+    def note_log(self, log: JobLog) -> None:
+        self._say().captured = log
 
     def when_complete(self, callback: Callable[[Job], None]) -> None:
         """Have ``callback(job)`` called once, at the end, from whatever thread brings it; here and now if it has ended.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from evalkit.backends.events import Event
+from evalkit.joblog import JobLog
 
 __all__ = ["Backend", "BackendSpec", "Capabilities", "Emit", "RunFunction", "Task"]
 
@@ -134,6 +135,10 @@ class Backend(ABC):
         A task that has not started is dropped, with ``Cancelled``. A running one is asked to stop; with ``kill`` it
         is ended now, or abandoned where the engine cannot kill, with ``Failed`` soon either way.
         """
+
+    def log_of(self, job_id: str) -> JobLog | None:
+        """What a running job has printed by now; None if this backend does not capture it, or the job does not run."""
+        return None
 
     def step(self, limit: int, timeout: float | None) -> bool:
         """Run up to ``limit`` waiting tasks in this thread; return False if there was nothing to run.

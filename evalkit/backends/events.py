@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalkit.job import ErrorInfo, JobCause, Measured, WorkerIdentity
+from evalkit.joblog import JobLog
 
 __all__ = [
     "Cancelled",
@@ -14,6 +15,7 @@ __all__ = [
     "Failed",
     "Lost",
     "Measured",
+    "Printed",
     "Progress",
     "Recorded",
     "Started",
@@ -45,6 +47,14 @@ class Recorded:
 
     job_id: str
     values: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Printed:
+    """All that a job printed; shortly before its end."""
+
+    job_id: str
+    log: JobLog
 
 
 @dataclass(slots=True)
@@ -83,4 +93,4 @@ class Lost:
     reason: str
 
 
-Event = Started | Progress | Recorded | Done | Failed | Cancelled | Lost
+Event = Started | Progress | Recorded | Printed | Done | Failed | Cancelled | Lost

@@ -26,6 +26,7 @@ from evalkit.backends.events import (
     Event,
     Failed,
     Lost,
+    Printed,
     Progress,
     Recorded,
     Started,
@@ -37,7 +38,7 @@ from evalkit.engine.recorder import Recorder
 from evalkit.engine.retry import RetryPolicy
 from evalkit.engine.waiting import AllWaiter, BatchWaiter, JobWaiter, Waiter
 from evalkit.errors import SearchStoppedError
-from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobState
+from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobLog, JobState
 
 __all__ = ["Scheduler"]
 
@@ -97,6 +98,7 @@ class Scheduler:
             Started: self._on_started,
             Progress: self._on_progress,
             Recorded: self._on_recorded,
+            Printed: self._on_printed,
             Failed: self._on_failed,
             Cancelled: self._on_cancelled,
             Lost: self._on_lost,
@@ -180,6 +182,9 @@ class Scheduler:
 
     def cancel_job(self, job: Job) -> CancelOutcome:
         return self._cancel(job, "cancelled by the user")
+
+    def log_of(self, job: Job) -> JobLog | None:
+        return self._backend.log_of(job.id)
 
     def give_up(self, reason: str) -> None:
         """The backend has stopped: what has not ended by now never will."""
@@ -357,6 +362,9 @@ class Scheduler:
         job.note_record(event.values)
         turn.changed.append(job)
 
+    def _on_printed(self, turn: _Turn, job: Job, event: Printed) -> None:
+        job.note_log(event.log)
+
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
         self._leave_backend(job)
         if not (self._dooms and self._again(turn, job, None)):
@@ -366,6 +374,7 @@ class Scheduler:
         self._leave_backend(job)
         if job.state is JobState.QUEUED and event.measured is not None:
             job.start(event.measured[0], event.worker)  # over so soon that nobody told of its start
+            turn.progressed.append(job)
         if not self._again(turn, job, event.cause):
             self._end(turn, job, JobState.FAILED, event, None, event.error, event.cause)
 

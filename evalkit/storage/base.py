@@ -99,6 +99,7 @@ class JobUpdate:
         output: written when ``state`` is terminal, None included.
         metadata: replaces what is stored.
         records: replaces what is stored.
+        log: what the job printed; replaces what is stored.
         if_version: the version that the writer has read; at any other the write is refused.
     """
 
@@ -112,6 +113,7 @@ class JobUpdate:
     attempt: int | None = None
     worker: str | None = None
     if_version: int | None = None
+    log: str | None = None
 
     @property
     def ends(self) -> bool:
@@ -122,7 +124,18 @@ class JobUpdate:
     def of(cls, job: Job) -> JobUpdate:
         """All of a job as it is now. The state is read first: once it is terminal, all the rest is final."""
         state = job.state
-        return cls(job.id, state, job.output, job.error, job.cause, job.measured, job.records or None, job.attempt)
+        printed = job.printed if state in TERMINAL_STATES else None
+        return cls(
+            job.id,
+            state,
+            job.output,
+            job.error,
+            job.cause,
+            job.measured,
+            job.records or None,
+            job.attempt,
+            log=None if printed is None else str(printed),
+        )
 
 
 class Storage(ABC):
@@ -246,6 +259,16 @@ class Storage(ABC):
             SearchNotFoundError: there is no such search.
             JobNotFoundError: one of ``ids`` does not exist.
         """
+
+    def load_log(self, job_id: str) -> str:
+        """Read what a job printed; ``""`` if it printed nothing, or this storage keeps no logs.
+
+        Logs are large beside everything else, so they are not part of the records.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return ""
 
     @abstractmethod
     def count_jobs(self, search_id: str) -> dict[JobState, int]:

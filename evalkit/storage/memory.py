@@ -80,6 +80,11 @@ class MemoryStorage(LocalStorage[Table]):
         with self._lock:
             return self._search(search_id).select(ids, states)
 
+    def load_log(self, job_id: str) -> str:
+        """As of every storage, but of the newest logs only: 64 MiB of them a search."""
+        with self._lock:
+            return self._table_of_job(job_id).log(job_id)
+
     def count_jobs(self, search_id: str) -> dict[JobState, int]:
         with self._lock:
             return self._search(search_id).count()

@@ -36,6 +36,9 @@ def _code_of(state: JobState) -> int:
     return _code_of(JobState(state))
 
 
+_MAX_LOG_SIZE = 64 * 2**20  # characters of logs that a search keeps in memory
+
+
 class _Ending:
     """What few jobs have: kept beside the columns."""
 
@@ -67,6 +70,8 @@ class Table:
         self._birth = array("d")
         self._endings: dict[int, _Ending] = {}
         self._unwritten: list[Job] = []  # have ended, and go into the columns before anybody looks at those
+        self._logs: dict[int, str] = {}  # the newest ones, oldest first
+        self._log_size = 0
         self._counts = [0] * len(_STATES)
         # Each write is a line of the log (its change number, the job); only the last line of a job counts.
         self._last_change = array("q")
@@ -193,6 +198,8 @@ class Table:
                 self._workers[number] = update.worker
             if update.attempt is not None:
                 self._attempts[number] = update.attempt
+            if update.log is not None:
+                self._keep_log(number, update.log)
             if update.error is not None or update.cause is not None or update.records is not None:
                 ending = self._endings.setdefault(number, _Ending())
                 if update.error is not None:
@@ -202,6 +209,12 @@ class Table:
                 if update.records is not None:
                     ending.records = update.records
         self._log(numbers)
+
+    def _keep_log(self, number: int, log: str) -> None:
+        self._log_size += len(log) - len(self._logs.pop(number, ""))
+        self._logs[number] = log
+        while self._log_size > _MAX_LOG_SIZE and len(self._logs) > 1:
+            self._log_size -= len(self._logs.pop(next(iter(self._logs))))
 
     def _put_back(self, number: int) -> None:
         """Make a job that has just become QUEUED again be held by nobody and found by the next claim."""
@@ -249,6 +262,9 @@ class Table:
             lease_expires=self._leases.get(number),
             created=self._birth[number],
         )
+
+    def log(self, job_id: str) -> str:
+        return self._logs.get(self._number(job_id), "")
 
     def select(self, ids: Iterable[str] | None, states: Collection[JobState] | None) -> list[JobRecord]:
         self._catch_up()

@@ -248,9 +248,32 @@ class SQLStorage(Storage):
             elif new == _QUEUED:
                 statement = self._sql.requeue_job
             steps.append((statement, {**content, "job_key": key, "new_state": new, "new_change": search.next_change()}))
+        self._write_logs(cursor, keys, batch)
         for statement, group in groupby(steps, key=lambda step: step[0]):
             _execute(cursor, statement, [row for _, row in group])
         self._advance(cursor, search)
+
+    def _write_logs(self, cursor: Cursor, keys: list[int], batch: list[tuple[int, JobUpdate, dict[str, Any]]]) -> None:
+        for key, (_, update, _) in zip(keys, batch, strict=True):
+            if update.log is not None:
+                cursor.execute(self._sql.delete_log, {"job_key": key})
+                cursor.execute(self._sql.insert_log, {"job_key": key, "new_text": encode(update.log)})
+
+    def load_log(self, job_id: str) -> str:
+        search_id, number = _split(job_id)
+
+        def work(cursor: Cursor) -> str | None:
+            try:
+                key = first_key(self._find(cursor, search_id)[0]) + number
+            except LookupError as exc:
+                raise job_not_found(job_id) from exc
+            row = cursor.execute(self._sql.select_log, {"job_key": key}).fetchone()
+            if row is None:
+                raise job_not_found(job_id)
+            text: str | None = row[1]
+            return text
+
+        return self._decode(self._database.read(work)) or ""
 
     def load_jobs(
         self,

@@ -247,12 +247,28 @@ class Database:
                 cursor.execute(self.sql.insert_schema, {"version": SCHEMA_VERSION})
         found = cursor.execute(self.sql.select_schema).fetchone()
         connection.commit()
+        if found is not None and found[0] in self.sql.upgrade_schema:
+            found = self._upgrade_schema(connection, cursor)
         if found is None or found[0] != SCHEMA_VERSION:
             raise StorageFormatError(
                 f"{self._address.shown} has version {found and found[0]} of the tables of evalkit, and this evalkit "
                 f"knows version {SCHEMA_VERSION}: open it with the evalkit that wrote it or a newer one, or use "
                 "another database"
             )
+
+    def _upgrade_schema(self, connection: Any, cursor: Cursor) -> Any:
+        """Make the tables of an older evalkit ours; one process does it, all at once. Return the version."""
+        if self._is_sqlite:
+            cursor.execute("BEGIN IMMEDIATE")
+        self.lock_all(cursor)
+        found = cursor.execute(self.sql.select_schema).fetchone()
+        while found is not None and found[0] in self.sql.upgrade_schema:
+            for statement in self.sql.upgrade_schema[found[0]]:
+                cursor.execute(statement)
+            cursor.execute(self.sql.set_schema, {"new_version": found[0] + 1})
+            found = cursor.execute(self.sql.select_schema).fetchone()
+        connection.commit()
+        return found
 
     def _has_schema(self, cursor: Cursor) -> bool:
         if self._is_sqlite:

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 #: Grows with every change of the tables that an older evalkit would misread.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SHIFT = 36
 #: How many jobs a search can have, and how many writes.
@@ -81,6 +81,12 @@ jobs = sa.Table(
     sa.Column("metadata", sa.Text),
     sa.Column("records", sa.Text),
 )
+logs = sa.Table(
+    "evalkit_logs",
+    _metadata,
+    sa.Column("job", sa.ForeignKey(jobs.c.key, ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    sa.Column("text", sa.Text, nullable=False),
+)
 _by_change = sa.Index("evalkit_jobs_change", jobs.c.change)
 _by_state = sa.Index("evalkit_jobs_state", jobs.c.search, jobs.c.state, jobs.c.key)
 _held = jobs.c.lease.is_not(None)
@@ -100,6 +106,9 @@ class Statements:
     """SQL text in one dialect; the parameters of each are named as in its definition in :func:`statements_for`."""
 
     create_schema: tuple[str, ...]
+    #: version -> what makes the tables of that version those of the next
+    upgrade_schema: dict[int, tuple[str, ...]]
+    set_schema: str
     insert_schema: str
     select_schema: str
 
@@ -126,6 +135,9 @@ class Statements:
     claim_job: str
     release_job: str
     lease_job: str
+    delete_log: str
+    insert_log: str
+    select_log: str
 
     select_job: str
     select_jobs: str
@@ -195,10 +207,12 @@ def _compile(dialect: Dialect) -> Statements:
         create_schema=tuple(
             sql(ddl)
             for ddl in (
-                *(CreateTable(table) for table in (schema, searches, values, jobs)),
+                *(CreateTable(table) for table in (schema, searches, values, jobs, logs)),
                 *(CreateIndex(index) for index in (_by_change, _by_state, _by_lease)),
             )
         ),
+        upgrade_schema={1: (sql(CreateTable(logs)),)},
+        set_schema=sql(sa.update(schema).values(version=p("new_version"))),
         insert_schema=sql(sa.insert(schema)),
         select_schema=sql(sa.select(schema.c.version)),
         free_decimal=sql(free),
@@ -261,6 +275,13 @@ def _compile(dialect: Dialect) -> Statements:
             lease=sa.null(),
         ),
         lease_job=update(lease=p("new_lease")),
+        delete_log=sql(sa.delete(logs).where(logs.c.job == p("job_key"))),
+        insert_log=sql(sa.insert(logs).values(job=p("job_key"), text=p("new_text")).inline()),
+        select_log=sql(
+            sa.select(jobs.c.key, logs.c.text)
+            .select_from(jobs.outerjoin(logs, logs.c.job == jobs.c.key))
+            .where(jobs.c.key == p("job_key"))
+        ),
         select_job=sql(whole.where(mine)),
         select_jobs=sql(whole.where(many).order_by(jobs.c.key)),
         select_all=sql(whole.where(jobs.c.key >= p("first"), jobs.c.key < p("end")).order_by(jobs.c.key)),

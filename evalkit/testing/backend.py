@@ -75,5 +75,7 @@ class BackendSuite(
             hold tasks ahead and do not give them back set it to False.
         exits_at_once: whether a program that ends without ``close`` ends although a job of it runs on; engines that
             wait for it then, as the executors of the standard library do, set it to False.
+        kills_children: whether what a job has started ends with it when it is killed, for a backend whose jobs have
+            processes of their own; engines that only know their own workers set it to False.
         grace: seconds that a job that is asked to stop has, in tests where it does not listen.
     """

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,22 @@ class BackendReports(BackendFixtures):
         assert job.output == "told"
         assert job.records == [{"stage": 0}, {"stage": 1}, {"stage": 2}]
         assert (job.status.progress, job.status.phase, job.status.success) == (1.0, "stage 2", True)
+
+    def test_what_a_job_prints_is_its_log(self, make: Make, files: Files) -> None:
+        self.need(self.traits.captures and sys.platform == "linux", "option 'capture'")
+        evaluator = make(functions.chatter, num_workers=2)
+        jobs = evaluator.submit([{"x": x, **files.holder(str(x))} for x in range(2)])
+        with gathering(evaluator):
+            for x, job in enumerate(jobs):
+                files.wait_started(str(x))
+                eventually(functools.partial(_has_printed, job, "started"), "what it has printed so far")
+                files.release(str(x))
+        assert [job.log for job in jobs] == [f"{x} started\nfrom a child\n{x} released\n" for x in range(2)]
+        assert [evaluator.storage.load_log(job.id) for job in jobs] == [job.log for job in jobs]
+        quiet = make(functions.chatter, capture=False)
+        (job,) = quiet.submit([{"x": 0, **files.holder("0")}])
+        quiet.gather("ALL")
+        assert (job.state, job.log) == (JobState.DONE, "")
 
     def test_records_outlive_an_exception(self, make: Make) -> None:
         evaluator = make(functions.fail_with_records)
@@ -247,3 +264,19 @@ class BackendEnd(BackendFixtures):
 
 def _has_phase(job: Job, phase: str) -> bool:
     return job.status.phase == phase
+
+
+def _has_printed(job: Job, text: str) -> bool:
+    return text in job.log
+
+
+def _marked(mark: str) -> list[Any]:
+    """The processes that have a mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("EVALKIT_SUITE_MARK") == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -282,6 +282,16 @@ class BackendTimeouts(BackendFixtures):
         assert (job.output, job.attempt, job.records) == ("the second", 1, [{"step": 1}])
         assert job.status.phase == "the second"
 
+    def test_what_a_job_has_started_ends_with_it(self, make: Make, files: Files) -> None:
+        self.need(self.can.kills_running and self.can.isolates_crashes, "way to kill the processes of a job")
+        self.need(self.kills_children, "hold on what jobs start")
+        evaluator = make(functions.start_children, job_timeout=3.0)
+        (job,) = evaluator.submit([files.holder("a")])
+        pids = [int(pid) for pid in files.wait("a.started").split()]
+        in_background(evaluator.gather, "ALL").result(BOUND)
+        assert (job.state, job.cause) == (JobState.FAILED, JobCause.TIMEOUT)
+        eventually(lambda: not any(map(functions.runs, pids)), "the end of all that the job had started")
+
     def test_timeouts_are_tried_again_if_the_policy_says_so(self, make: Make) -> None:
         self.need(self.can.kills_running or self.inline, "way to end a job")
         evaluator = make(functions.nap, num_workers=2, job_timeout=0.2, retries=RetryPolicy(timeout=1))

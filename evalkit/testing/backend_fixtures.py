@@ -34,6 +34,7 @@ class BackendFixtures:
     says_how_workers_die: ClassVar[bool] = True
     takes_back: ClassVar[bool] = True
     exits_at_once: ClassVar[bool] = True
+    kills_children: ClassVar[bool] = True
     #: Seconds that the suite gives a job that is asked to stop; short, since most of its jobs don't listen.
     grace: ClassVar[float] = 0.2
 
@@ -68,7 +69,11 @@ class BackendFixtures:
                 backend = evaluator.backend
                 options = inspect.signature(type(backend).__init__).parameters
                 cls._traits = _Traits(
-                    type(backend), backend.capabilities, backend.runs_in_caller, "worker_init" in options
+                    type(backend),
+                    backend.capabilities,
+                    backend.runs_in_caller,
+                    "worker_init" in options,
+                    "capture" in options,
                 )
         return cls._traits
 
@@ -112,12 +117,18 @@ class BackendFixtures:
 
 class _Traits:
     def __init__(
-        self, backend: type[Backend], capabilities: Capabilities, inline: bool, takes_worker_init: bool
+        self,
+        backend: type[Backend],
+        capabilities: Capabilities,
+        inline: bool,
+        takes_worker_init: bool,
+        captures: bool,
     ) -> None:
         self.backend = backend
         self.capabilities = capabilities
         self.inline = inline
         self.takes_worker_init = takes_worker_init
+        self.captures = captures
 
 
 class Files:

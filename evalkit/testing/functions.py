@@ -11,11 +11,15 @@ import inspect
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 from evalkit.running import RunningJob
 
@@ -34,6 +38,7 @@ __all__ = [
     "admit",
     "ask",
     "big",
+    "chatter",
     "counting_init",
     "die",
     "die_at_first",
@@ -55,7 +60,9 @@ __all__ = [
     "report_too_far",
     "return_kind",
     "reveal",
+    "runs",
     "slow_square",
+    "start_children",
     "tell",
     "throw",
     "throw_odd",
@@ -396,6 +403,35 @@ def hold(job: RunningJob) -> Steps:
     if "finished" in job:
         _touch(job["finished"])
     return job.get("x")
+
+
+def start_children(job: RunningJob) -> Steps:
+    """Start a child, and one in a session of its own that has one too; tell who they all are, and go on for ever."""
+    code = "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; "
+    code += "time.sleep(600)']); print(child.pid, flush=True); time.sleep(600)"
+    plain = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    moved = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    if moved.stdout is None:
+        raise RuntimeError("it has no pipe")
+    _touch(job["started"], f"{os.getpid()} {plain.pid} {moved.pid} {moved.stdout.readline()}")
+    yield from _until(job["release"])
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and has not ended."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def chatter(job: RunningJob) -> Steps:
+    """As :func:`hold`, but print."""
+    print(job["x"], "started")  # noqa: T201 - what it is for
+    subprocess.run([sys.executable, "-c", "print('from a child')"], check=True)
+    _touch(job["started"], str(os.getpid()))
+    yield from _until(job["release"])
+    print(job["x"], "released", file=sys.stderr)  # noqa: T201 - as above
 
 
 def heed(job: RunningJob) -> Steps:

@@ -282,6 +282,26 @@ class StorageRecords(StorageFixtures):
         assert load_one(jobs, job) == before
         assert jobs.count_jobs(search) == {state: 1}
 
+    def test_logs_are_kept_beside_the_records(self, jobs: Storage) -> None:
+        search = jobs.create_search()
+        ids = jobs.create_jobs(search, [{}, {}, {}])
+        log = "epoch 1\n\0 ☃ \ud800 " + "x" * 2**16
+        jobs.update_jobs([JobUpdate(ids[0], JobState.RUNNING, log="what came first")])
+        assert jobs.load_log(ids[0]) == "what came first"
+        jobs.update_jobs([JobUpdate(ids[0], JobState.DONE, log=log), JobUpdate(ids[1], JobState.FAILED, log="short")])
+        assert [jobs.load_log(job) for job in ids] == [log, "short", ""]
+        with pytest.raises(FinalStateError):
+            jobs.update_jobs([JobUpdate(ids[0], log="later")])
+        with pytest.raises(JobNotFoundError):
+            jobs.update_jobs([JobUpdate(ids[2], JobState.DONE, log="unwritten"), JobUpdate(f"{search}.9", log="none")])
+        assert [jobs.load_log(job) for job in ids] == [log, "short", ""]
+        for missing in (f"{search}.9", "no such search.0"):
+            with pytest.raises(JobNotFoundError, match="9" if "9" in missing else "no such search"):
+                jobs.load_log(missing)
+        jobs.delete_search(search)
+        with pytest.raises(JobNotFoundError):
+            jobs.load_log(ids[0])
+
     def test_a_version_conflict_says_what_was_found(self, jobs: Storage) -> None:
         (job,) = jobs.create_jobs(jobs.create_search(), [{}])
         jobs.update_jobs([JobUpdate(job, JobState.RUNNING)])

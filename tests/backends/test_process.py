@@ -463,7 +463,7 @@ def _prints(job: RunningJob) -> int:
 
 
 def test_a_job_that_prints_megabytes(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
-    evaluator = make(_prints)
+    evaluator = make(_prints, capture=False)
     evaluator.submit([{}])
     assert [job.output for job in gather(evaluator)] == [1]
     out, err = capfd.readouterr()

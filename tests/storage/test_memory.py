@@ -7,7 +7,7 @@ import pytest
 
 from evalkit.errors import SerializationError, StorageURLError
 from evalkit.job import JobState
-from evalkit.storage import JobUpdate, MemoryStorage, NullStorage, Storage
+from evalkit.storage import JobUpdate, MemoryStorage, NullStorage, Storage, memory_table
 from evalkit.testing.storage import StorageSuite
 
 
@@ -24,6 +24,15 @@ class TestNullStorage(StorageSuite):
 
     def open_storage(self, tmp_path: Path) -> Storage:
         return NullStorage()
+
+
+def test_memory_holds_the_newest_logs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_table, "_MAX_LOG_SIZE", 100)
+    storage = MemoryStorage()
+    ids = storage.create_jobs(storage.create_search(), [{}] * 5)
+    for job in ids:
+        storage.update_jobs([JobUpdate(job, JobState.DONE, log="x" * 40)])
+    assert [len(storage.load_log(job)) for job in ids] == [0, 0, 0, 40, 40]
 
 
 @pytest.mark.parametrize("kind", [MemoryStorage, NullStorage])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from evalkit.errors import SerializationError, StorageFormatError, StorageUnavailableError, StorageURLError
-from evalkit.storage import SQLStorage, Storage
+from evalkit.storage import JobUpdate, SQLStorage, Storage
+from evalkit.storage.sql_schema import SCHEMA_VERSION
 from evalkit.testing.storage import StorageSuite
 from evalkit.testing.together import in_processes
 
@@ -84,8 +85,21 @@ def test_a_newer_schema_is_refused(new_database: Callable[[], str]) -> None:
     SQLStorage(url).close()
     with psycopg.connect(url.replace("+psycopg", "")) as other:
         other.execute("UPDATE evalkit_schema SET version = 7")
-    with pytest.raises(StorageFormatError, match=r"version 7 .*version 1"):
+    with pytest.raises(StorageFormatError, match=rf"version 7 .*version {SCHEMA_VERSION}"):
         SQLStorage(url)
+
+
+def test_a_database_of_version_1_is_upgraded(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    with contextlib.closing(SQLStorage(url)) as storage:
+        (job,) = storage.create_jobs(storage.create_search(), [{"x": 1}])
+    with psycopg.connect(url.replace("+psycopg", "")) as other:
+        other.execute("DROP TABLE evalkit_logs")
+        other.execute("UPDATE evalkit_schema SET version = 1")
+    with contextlib.closing(SQLStorage(url)) as storage:
+        assert storage.load_log(job) == ""
+        storage.update_jobs([JobUpdate(job, log="new")])
+        assert storage.load_log(job) == "new"
 
 
 def _open_first(i: int, url: str) -> str:

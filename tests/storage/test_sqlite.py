@@ -22,6 +22,7 @@ from evalkit.errors import (
 )
 from evalkit.job import JobState
 from evalkit.storage import JobUpdate, OpaqueValue, SQLStorage, Storage
+from evalkit.storage.sql_schema import SCHEMA_VERSION
 from evalkit.testing.storage import StorageSuite
 from evalkit.testing.together import in_processes
 
@@ -78,10 +79,40 @@ def test_a_newer_schema_is_refused_with_both_versions(storage: SQLStorage, path:
     storage.create_search("kept")
     storage.close()
     raw(path, "UPDATE evalkit_schema SET version = 7")
-    with pytest.raises(StorageFormatError, match=r"version 7 .*version 1: open it with"):
+    with pytest.raises(StorageFormatError, match=rf"version 7 .*version {SCHEMA_VERSION}: open it with"):
         SQLStorage(f"sqlite:///{path}")
-    raw(path, "UPDATE evalkit_schema SET version = 1")
+    raw(path, f"UPDATE evalkit_schema SET version = {SCHEMA_VERSION}")
     assert storage.list_searches() == ["kept"]
+
+
+def _make_version_1(path: Path) -> list[str]:
+    """A database as evalkit wrote it before there were logs; return the ids of its jobs."""
+    with contextlib.closing(SQLStorage(f"sqlite:///{path}")) as storage:
+        ids = storage.create_jobs(storage.create_search("old"), [{"x": 1}, {"x": 2}])
+        storage.update_jobs([JobUpdate(ids[0], JobState.DONE, 5)])
+    raw(path, "DROP TABLE evalkit_logs", "UPDATE evalkit_schema SET version = 1")
+    return ids
+
+
+def test_a_database_of_version_1_is_upgraded(path: Path) -> None:
+    ids = _make_version_1(path)
+    with contextlib.closing(SQLStorage(f"sqlite:///{path}")) as storage:
+        assert [record.output for record in storage.load_jobs("old")] == [5, None]
+        assert storage.load_log(ids[0]) == ""
+        storage.update_jobs([JobUpdate(ids[1], JobState.DONE, 6, log="new")])
+        assert storage.load_log(ids[1]) == "new"
+    assert raw(path, "SELECT version FROM evalkit_schema") == [[(SCHEMA_VERSION,)]]
+
+
+def test_four_processes_upgrade_it_at_once(path: Path) -> None:
+    ids = _make_version_1(path)
+    assert in_processes(4, _write_log, f"sqlite:///{path}", ids[1]) == ["written"] * 4
+
+
+def _write_log(i: int, url: str, job: str) -> str:
+    with contextlib.closing(SQLStorage.from_url(url)) as storage:
+        storage.update_jobs([JobUpdate(job, log="written")])
+        return storage.load_log(job)
 
 
 def test_a_file_that_is_no_database(path: Path) -> None:

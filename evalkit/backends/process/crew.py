@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator
 
 from evalkit.backends.process.link import WorkerLink
-from evalkit.backends.process.spawner import Spawner
+from evalkit.backends.process.memory import show_bytes
+from evalkit.backends.process.nursery import DIED_OF_MEMORY, DIED_UNKNOWN
+from evalkit.backends.process.spawner import TERM_GRACE, Death, Spawner
 from evalkit.backends.process.wire import Kind
-from evalkit.job import ErrorInfo
+from evalkit.job import ErrorInfo, JobCause
 
 __all__ = ["Crew", "describe_death"]
-
-TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 
 
 class Crew:
@@ -27,6 +27,8 @@ class Crew:
         size: how many workers there are to be.
         setup: the pickled message that tells a worker what to run.
         start_timeout: seconds after which a worker that is not ready is killed.
+        job_memory: bytes that a worker may take, with what it started; None for no limit.
+        capture: whether what jobs print is captured.
 
     Raises:
         BackendError: no process can be started.
@@ -35,14 +37,18 @@ class Crew:
         links: number -> worker.
     """
 
-    def __init__(self, size: int, setup: bytes, start_timeout: float) -> None:
+    def __init__(
+        self, size: int, setup: bytes, start_timeout: float, job_memory: int | None = None, capture: bool = False
+    ) -> None:
         self._size = size
         self._setup = setup
         self._start_timeout = start_timeout
+        self._job_memory = job_memory
+        self._capture = capture
         self._next_number = 0
         self._kills: list[tuple[float, int]] = []  # (when to SIGKILL, number)
         self.links: dict[int, WorkerLink] = {}
-        self._spawner = Spawner(size)
+        self._spawner = Spawner(size, job_memory)
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -76,8 +82,8 @@ class Crew:
         with contextlib.suppress(OSError):  # a full pipe wakes as well
             self._wake_write.send(b"\0")
 
-    def deaths(self) -> Iterator[tuple[int, int]]:
-        """The workers that have ended: (number, wait status). Raises ``EOFError`` if the nursery has."""
+    def deaths(self) -> Iterator[Death]:
+        """The workers that have ended. Raises ``EOFError`` if the nursery has."""
         return self._spawner.deaths()
 
     # -- starts ---------------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ class Crew:
     def fill_up(self) -> None:
         """Start as many workers as are missing."""
         while len(self.links) < self._size:
-            link = WorkerLink(self._next_number)
+            link = WorkerLink(self._next_number, capture=self._capture)
             self._next_number += 1
             self.links[link.number] = link
             self._selector.register(link.sock, selectors.EVENT_READ, link)
@@ -97,13 +103,13 @@ class Crew:
         """Start another nursery, for one that is gone. Raises ``BackendError``."""
         self._selector.unregister(self._spawner)
         self._spawner.close()
-        self._spawner = Spawner(self._size)
+        self._spawner = Spawner(self._size, self._job_memory)
         self._selector.register(self._spawner, selectors.EVENT_READ)
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
     def kill(self, link: WorkerLink, job_id: str | None) -> None:
-        """End a worker with its process group, because of a job: SIGTERM now, SIGKILL after :data:`TERM_GRACE`."""
+        """End a worker with all that it started, because of a job: SIGTERM now, SIGKILL after :data:`TERM_GRACE`."""
         if link.doomed is None:
             link.doomed = job_id or ""
             self._spawner.signal(link.number, signal.SIGTERM)
@@ -157,15 +163,25 @@ class Crew:
                     self._selector.modify(link.sock, mask, link)
 
 
-def describe_death(link: WorkerLink, status: int) -> ErrorInfo:
-    """How a worker ended, from its wait status."""
+def describe_death(link: WorkerLink, death: Death, job_memory: int | None) -> tuple[JobCause, ErrorInfo]:
+    """How a worker ended, and what that is for the job it was on."""
     who = f"worker process {link.identity.pid}" if link.identity is not None else "a worker process that was starting"
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            name = f"signal {number}"
-        return ErrorInfo("WorkerDied", f"{who} was killed by {name}", signal=name)
-    code = os.waitstatus_to_exitcode(status)
-    return ErrorInfo("WorkerDied", f"{who} exited with code {code}", exit_code=code)
+    if not os.WIFSIGNALED(death.status):
+        code = os.waitstatus_to_exitcode(death.status)
+        return JobCause.CRASH, ErrorInfo("WorkerDied", f"{who} exited with code {code}", exit_code=code)
+    number = os.WTERMSIG(death.status)
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    if death.reason > 0 and job_memory is not None:
+        took = f"{who}, with what it had started, took {show_bytes(death.reason)}"
+        message = f"{took}, more than job_memory={show_bytes(job_memory)}, and was killed"
+        return JobCause.MEMORY, ErrorInfo("JobMemoryExceeded", message, signal=name)
+    message = f"{who} was killed by {name}"
+    if death.reason == DIED_OF_MEMORY:
+        message += ": the kernel was out of memory and killed it (its count of such kills has risen)"
+        return JobCause.MEMORY, ErrorInfo("OutOfMemory", message, signal=name)
+    if death.reason == DIED_UNKNOWN:
+        message += "; whether by the kernel, for want of memory, this machine does not say"
+    return JobCause.CRASH, ErrorInfo("WorkerDied", message, signal=name)

@@ -12,9 +12,11 @@ from typing import Any
 
 from evalkit.backends.base import Task
 from evalkit.backends.events import WorkerIdentity
+from evalkit.backends.process.capture import create, excerpt
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer
 from evalkit.errors import SerializationError
+from evalkit.joblog import JobLog
 from evalkit.running import is_plain
 
 __all__ = ["WorkerLink"]
@@ -26,6 +28,10 @@ _MAX_BUFFERS = 64  # in one sendmsg
 
 class WorkerLink:
     """One worker. All but ``read`` is called with the pool's lock held.
+
+    Args:
+        number: see below.
+        capture: whether what its jobs print is captured.
 
     Attributes:
         number: of the worker, never used twice.
@@ -39,7 +45,7 @@ class WorkerLink:
         listens_for_room: whether the crew waits for room in its socket.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, capture: bool = False) -> None:
         self.number = number
         self.inflight: deque[Task] = deque()
         self.running_since: float | None = None
@@ -59,10 +65,13 @@ class WorkerLink:
         os.set_blocking(self._token_write, False)
         self._reader = FrameReader(self.sock)
         self._out: deque[memoryview] = deque()
+        self._log_fd = create() if capture else None
+        self._log_end = 0  # of the last job that has ended
 
     @property
     def fds_for_worker(self) -> list[int]:
-        return [self.their_sock.fileno(), self._token_read]
+        fds = [self.their_sock.fileno(), self._token_read]
+        return fds if self._log_fd is None else [*fds, self._log_fd]
 
     @property
     def ready(self) -> bool:
@@ -208,6 +217,22 @@ class WorkerLink:
         """The task that is the first now, if any, has just started."""
         self.running_since = time.monotonic() if self.inflight else None
 
+    # -- what its jobs print --------------------------------------------------------------------------------------
+
+    def take_log(self, payload: bytes | bytearray) -> JobLog:
+        """The log of the first task, which the worker has sent."""
+        log: JobLog
+        self._log_end, log = pickle.loads(payload)
+        return log
+
+    def read_log(self) -> JobLog | None:
+        """What the first task has printed by now."""
+        if self._log_fd is None:
+            return None
+        return excerpt(self._log_fd, self._log_end, os.fstat(self._log_fd).st_size)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
     def close_theirs(self) -> None:
         """The worker has its own copy of its end by now."""
         self.their_sock.close()
@@ -217,3 +242,5 @@ class WorkerLink:
         self.their_sock.close()
         os.close(self._token_read)
         os.close(self._token_write)
+        if self._log_fd is not None:
+            os.close(self._log_fd)

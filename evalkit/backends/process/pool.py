@@ -30,14 +30,29 @@ from itertools import islice
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Lost, Progress, Recorded, Started, WorkerIdentity
+from evalkit.backends.events import (
+    Cancelled,
+    Done,
+    Event,
+    Failed,
+    Lost,
+    Printed,
+    Progress,
+    Recorded,
+    Started,
+    WorkerIdentity,
+)
 from evalkit.backends.execution import check_worker_init, describe, failed
-from evalkit.backends.process.crew import TERM_GRACE, Crew, describe_death
+from evalkit.backends.process.capture import can_capture
+from evalkit.backends.process.crew import Crew, describe_death
 from evalkit.backends.process.link import WorkerLink
+from evalkit.backends.process.memory import parse_bytes
+from evalkit.backends.process.spawner import TERM_GRACE
 from evalkit.backends.process.wire import Frame, Kind
 from evalkit.backends.serialization import dumps, loads
 from evalkit.errors import BackendError, SerializationError
 from evalkit.job import ErrorInfo, JobCause
+from evalkit.joblog import JobLog
 
 __all__ = ["ProcessBackend"]
 
@@ -60,6 +75,11 @@ class ProcessBackend(Backend):
         max_jobs_per_worker: a worker that has run so many jobs is replaced by a new one; None for never.
         start_timeout: seconds that a worker may take to start, with the imports of the run function and
             ``worker_init``.
+        job_memory: bytes that a worker may take with all that it started, as an int or as ``"2GB"``, ``"512MiB"``; a
+            job that takes more is killed, FAILED/MEMORY. Looked at 20 times a second. What the modules that it imported
+            and earlier jobs left in the worker take counts too. None for no limit.
+        capture: keep what jobs print, on whatever way, as ``job.log`` (Linux); False lets it go where the output of the
+            program goes.
 
     Raises:
         ValueError, TypeError: an option makes no sense.
@@ -74,6 +94,8 @@ class ProcessBackend(Backend):
         worker_init: Callable[[], Any] | None = None,
         max_jobs_per_worker: int | None = None,
         start_timeout: float = 300.0,
+        job_memory: int | str | None = None,
+        capture: bool = True,
     ) -> None:
         super().__init__(num_workers)
         check_worker_init(worker_init)
@@ -81,6 +103,10 @@ class ProcessBackend(Backend):
             raise ValueError(f"max_jobs_per_worker takes an int of at least 1, or None, not {max_jobs_per_worker!r}")
         if not start_timeout > 0:
             raise ValueError(f"start_timeout takes a positive number of seconds, not {start_timeout!r}")
+        if not isinstance(capture, bool):
+            raise TypeError(f"capture takes True or False, not {capture!r}")
+        self._job_memory = None if job_memory is None else parse_bytes("job_memory", job_memory)
+        self._capture = capture and can_capture()
         self._worker_init = worker_init
         self._max_jobs = sys.maxsize if max_jobs_per_worker is None else max_jobs_per_worker
         self._start_timeout = start_timeout
@@ -109,7 +135,9 @@ class ProcessBackend(Backend):
             except SerializationError as exc:
                 # The jobs fail with this, one by one; a failed job is a result.
                 self._broken = describe(exc)
-        self._crew = Crew(self.num_workers, pickle.dumps(setup, 5), self._start_timeout)
+        self._crew = Crew(
+            self.num_workers, pickle.dumps(setup, 5), self._start_timeout, self._job_memory, self._capture
+        )
         if self._broken is None:
             self._crew.fill_up()
         self._thread = threading.Thread(target=self._serve, name="evalkit-process-pool", daemon=True)
@@ -137,6 +165,18 @@ class ProcessBackend(Backend):
                 link.send(Kind.STOP, job_id)
             self._fill()
         self._crew.wake()
+
+    def log_of(self, job_id: str) -> JobLog | None:
+        with self._lock:
+            for link in self._crew.links.values():
+                if link.inflight and link.inflight[0].id == job_id:
+                    log = link.read_log()
+                    # If the worker has gone on to its next job, it has said so before.
+                    self._read(link)
+                    self._fill()
+                    self._crew.wake()
+                    return log if link.inflight and link.inflight[0].id == job_id else None
+        return None
 
     def stop(self, grace: float) -> None:
         with self._lock:
@@ -329,6 +369,8 @@ class ProcessBackend(Backend):
                 events.append(Progress(link.inflight[0].id, *pickle.loads(payload)))
             elif kind == Kind.RECORD and link.inflight:
                 events.append(Recorded(link.inflight[0].id, loads(payload, buffers)))
+            elif kind == Kind.LOG and link.inflight:
+                events.append(Printed(link.inflight[0].id, link.take_log(payload)))
             elif kind == Kind.READY:
                 self._start_failures = 0
                 link.identity = WorkerIdentity(self._host, pickle.loads(payload), f"process-{link.number}")
@@ -347,17 +389,17 @@ class ProcessBackend(Backend):
 
     def _hear_nursery(self) -> None:
         try:
-            for number, status in self._crew.deaths():
-                link = self._crew.links.get(number)
+            for death in self._crew.deaths():
+                link = self._crew.links.get(death.number)
                 if link is not None:
-                    self._bury(link, describe_death(link, status))
+                    self._bury(link, describe_death(link, death, self._job_memory))
             if not self._stopping and self._broken is None:
                 self._crew.fill_up()
         except EOFError:
             self._replace_nursery()
 
-    def _bury(self, link: WorkerLink, error: ErrorInfo | None) -> None:
-        """A worker has ended: what it was on has crashed (or is lost, without an ``error``), and what it held goes
+    def _bury(self, link: WorkerLink, end: tuple[JobCause, ErrorInfo] | None) -> None:
+        """A worker has ended: what it was on has failed (or is lost, without an ``end``), and what it held goes
         elsewhere.
         """
         with contextlib.suppress(EOFError, BlockingIOError, ConnectionResetError):
@@ -367,12 +409,15 @@ class ProcessBackend(Backend):
         events: list[Event] = []
         for index, task in enumerate(link.inflight):
             # Results come in order, so it was on the first; and if it was to die for another job, on that one.
-            if error is not None and index == 0 and link.doomed in (None, "", task.id):
-                events.append(Failed(task.id, JobCause.CRASH, error, None, link.identity))
+            if end is not None and index == 0 and link.doomed in (None, "", task.id):
+                log = link.read_log()
+                if log is not None and log.size:
+                    events.append(Printed(task.id, log))
+                events.append(Failed(task.id, *end, None, link.identity))
             else:
                 events.append(Lost(task.id, "its worker ended, by no fault of its own"))
-        if error is not None and link.identity is None and not link.retiring and not self._stopping:
-            self._note_start_failure(error)
+        if end is not None and link.identity is None and not link.retiring and not self._stopping:
+            self._note_start_failure(end[1])
         self._crew.remove(link)
         if events:
             self._emit(events)

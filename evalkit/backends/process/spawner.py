@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from evalkit.backends.process.nursery import MESSAGE, SIGNAL, SPAWN
 from evalkit.errors import BackendError
 
-__all__ = ["Spawner"]
+__all__ = ["TERM_GRACE", "Death", "Spawner"]
 
 #: What libraries read to decide how many threads to start.
 _THREAD_VARIABLES = (
@@ -28,8 +29,25 @@ _BOOT = """\
 import sys
 sys.path[:] = {path!r}
 from evalkit.backends.process.nursery import main
-main({fd}, {master})
+main({fd}, {master}, {job_memory}, {term_grace})
 """
+
+TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
+
+
+class Death(NamedTuple):
+    """How a worker ended.
+
+    Attributes:
+        number: of the worker.
+        status: its wait status.
+        reason: the bytes that it took with what it started, if it was killed for that; ``DIED_OF_MEMORY`` if the
+            kernel seems to have killed it for want of memory, ``DIED_UNKNOWN`` if that cannot be known; 0 otherwise.
+    """
+
+    number: int
+    status: int
+    reason: int
 
 
 class Spawner:
@@ -37,17 +55,20 @@ class Spawner:
 
     Args:
         num_workers: how many workers share the cores.
+        job_memory: bytes that a worker may take, with what it started; None for no limit.
 
     Raises:
         BackendError: no process can be started.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, job_memory: int | None = None) -> None:
         if not sys.executable:
             raise BackendError("sys.executable is not set, so no worker process can be started; use method='thread'")
         self._sock, theirs = socket.socketpair()
         self._rest = b""
-        code = _BOOT.format(path=sys.path, fd=theirs.fileno(), master=os.getpid())
+        code = _BOOT.format(
+            path=sys.path, fd=theirs.fileno(), master=os.getpid(), job_memory=job_memory, term_grace=TERM_GRACE
+        )
         flags = [f"-W{option}" for option in sys.warnoptions]
         try:
             self._process = subprocess.Popen(
@@ -69,17 +90,17 @@ class Spawner:
         return self._sock.fileno()
 
     def spawn(self, number: int, fds: list[int]) -> None:
-        """Start worker ``number`` with two descriptors: its socket and its tokens."""
+        """Start worker ``number`` with its socket, its tokens and, if what jobs print is captured, the file for it."""
         with contextlib.suppress(OSError):  # a nursery that died is noticed by deaths()
-            socket.send_fds(self._sock, [MESSAGE.pack(SPAWN, number, 0)], fds)
+            socket.send_fds(self._sock, [MESSAGE.pack(SPAWN, number, 0, 0)], fds)
 
     def signal(self, number: int, signum: int) -> None:
-        """Send a signal to a worker and its process group; one that has ended is left alone."""
+        """Send a signal to a worker and all that it started; one that has ended is left alone."""
         with contextlib.suppress(OSError):
-            self._sock.sendall(MESSAGE.pack(SIGNAL, number, signum))
+            self._sock.sendall(MESSAGE.pack(SIGNAL, number, signum, 0))
 
-    def deaths(self) -> Iterator[tuple[int, int]]:
-        """The workers that have ended since the last call: (number, wait status).
+    def deaths(self) -> Iterator[Death]:
+        """The workers that have ended since the last call, with all that they had started.
 
         Raises:
             EOFError: the nursery is gone, and so are its workers.
@@ -95,8 +116,8 @@ class Spawner:
         data = self._rest + data
         whole = len(data) - len(data) % MESSAGE.size
         self._rest = data[whole:]
-        for _, number, status in MESSAGE.iter_unpack(data[:whole]):
-            yield number, status
+        for _, number, status, reason in MESSAGE.iter_unpack(data[:whole]):
+            yield Death(number, status, reason)
 
     def close(self) -> None:
         """Have everything killed that is left, and wait for it."""

@@ -38,6 +38,7 @@ class Kind(IntEnum):
     FAILED = 9  # (ErrorInfo, measured)
     PROGRESS = 10  # (progress, phase)
     RECORD = 11  # values
+    LOG = 12  # (where it ended in the file, JobLog): what the job printed; before its result
 
 
 #: (kind, granted, payload, buffers); a plain tuple, since there is one for each result

@@ -22,6 +22,7 @@ from typing import Any
 
 from evalkit.backends.base import RunFunction
 from evalkit.backends.execution import PeakMemory, describe
+from evalkit.backends.process.capture import Capture, flush_all
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
@@ -92,9 +93,10 @@ class _Channel:
 
 
 class _Worker:
-    def __init__(self, sock: socket.socket, tokens: int) -> None:
+    def __init__(self, sock: socket.socket, tokens: int, capture: Capture | None = None) -> None:
         self._sock = sock
         self._tokens = tokens
+        self._capture = capture
         self._reader = FrameReader(sock)
         self._tasks: deque[tuple[bool, str, int, Any]] = deque()
         self._generation = 0
@@ -219,6 +221,8 @@ class _Worker:
             self.send(Kind.UNFIT, pickle.dumps(describe(exc), 5))
             self._quit = True
             return
+        if self._capture is not None:
+            self._capture.begin()
         self.send(Kind.READY, pickle.dumps(os.getpid(), 5))
 
     def _work(self, job_id: str, attempt: int, args: Any) -> None:
@@ -243,7 +247,6 @@ class _Worker:
         measured = (start, end, time.process_time() - cpu, self._peak.after(end - start))
         self._channel.end()
         self._stop.discard(job_id)
-        self._flush_output()
         buffers: list[memoryview] = []
         if kind == Kind.DONE and type(value) in SCALARS:
             data = pickle.dumps((value, measured), 5)
@@ -256,6 +259,7 @@ class _Worker:
                 kind, value = Kind.FAILED, describe(explain(value, "output", cause))
         if kind == Kind.FAILED:
             data = pickle.dumps((value, measured), 5)
+        self._collect_output()
         self.send(kind, data, buffers)
 
     def _call(self, job: RunningJob) -> Any:
@@ -265,12 +269,20 @@ class _Worker:
             self._runner = asyncio.Runner()
         return self._runner.run(self._function(job))
 
-    def _flush_output(self) -> None:
+    def _collect_output(self) -> None:
+        """What the job printed is on its way before its result is."""
+        capture = self._capture
+        if capture is None or sys.stdout is not capture.stdout or sys.stderr is not capture.stderr:
+            flush_all()
+        if capture is None:
+            return
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except (OSError, ValueError, AttributeError):
-            pass  # closed, or replaced by the user's function
+            size = os.lseek(capture.fd, 0, os.SEEK_END)
+        except OSError:
+            return  # closed by the user's function
+        if size != capture.end:
+            self.send(Kind.LOG, pickle.dumps(capture.take(size), 5))
+            capture.release()
 
 
 def _rebuilt(args: Any) -> dict[str, Any]:
@@ -281,7 +293,7 @@ def _rebuilt(args: Any) -> dict[str, Any]:
     return parameters
 
 
-def main(sock: socket.socket, tokens: int) -> int:
+def main(sock: socket.socket, tokens: int, capture: Capture | None = None) -> int:
     """Work until the pool says QUIT or is gone; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return _Worker(sock, tokens).serve()
+    return _Worker(sock, tokens, capture).serve()
