@@ -264,6 +264,7 @@ class Table:
         )
 
     def log(self, job_id: str) -> str:
+        self._catch_up()
         return self._logs.get(self._number(job_id), "")
 
     def select(self, ids: Iterable[str] | None, states: Collection[JobState] | None) -> list[JobRecord]:
