@@ -101,7 +101,10 @@ def _range(spec: str, text: str) -> Draw:
     if "log" in flags and not low > 0:
         raise ParametersError(f"--space {spec!r}: a logarithm needs a LOW above 0")
     if "int" not in flags:
-        return (lambda rng: _log_uniform(rng, low, high)) if "log" in flags else (lambda rng: rng.uniform(low, high))
+        start, end = float(low), float(high)
+        if not math.isfinite(end - start):
+            raise ParametersError(f"--space {spec!r}: the range is wider than a float can be")
+        return (lambda rng: _log_uniform(rng, start, end)) if "log" in flags else (lambda rng: rng.uniform(start, end))
     if low != int(low) or high != int(high):
         raise ParametersError(f"--space {spec!r}: the ends of a range of ints are ints")
     bottom, top = int(low), int(high)
@@ -117,5 +120,9 @@ def _log_uniform(rng: random.Random, low: float, high: float) -> float:
 
 def _number(text: str) -> int | float | None:
     value = parse_scalar(text)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number and isinstance(value, int | float) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an int that is larger than any float
+        return None
