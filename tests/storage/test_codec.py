@@ -213,6 +213,7 @@ def test_deep_and_recursive_structures() -> None:
     "wrong",
     [
         *("", "{", "nonsense", '{"__evalkit__":1}', '{"__evalkit__":["int","x"]}', '{"__evalkit__":["enum",[1]]}'),
+        *('{"__evalkit__":["datetime",[]]}', '{"__evalkit__":["pickle",[]]}'),
         *('{"__evalkit__":["bytes",7]}', '{"__evalkit__":["numpy",["<f8",[3],"AA=="]]}'),
     ],
 )
