@@ -366,6 +366,8 @@ class Scheduler:
         job.note_log(event.log)
 
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
+        if event.measured is None and job.state is JobState.QUEUED:
+            self._has_run(turn, job)  # whoever tells of neither the start nor the times
         self._leave_backend(job)
         if not (self._dooms and self._again(turn, job, None)):
             self._end(turn, job, JobState.DONE, event, event.output)

@@ -90,8 +90,8 @@ def test_whatever_is_asked_only_legal_transitions_happen_and_terminal_states_are
         except IllegalTransitionError:
             assert (job.state, job.attempt, job.output) == (before, attempt, output)
         else:
-            late = what == "start" and before in (JobState.RUNNING, JobState.CANCELLING)  # its time comes afterwards
-            assert job.state in LEGAL_TRANSITIONS[before] or ((late or what == "progress") and job.state is before)
+            assert job.state in LEGAL_TRANSITIONS[before] or (job.state is before and what in ("progress", "start"))
+            assert before not in TERMINAL_STATES or job.state is before
         _consistent(job)
 
 
