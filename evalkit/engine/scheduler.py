@@ -272,7 +272,9 @@ class Scheduler:
     def _dispatch(self, batch: list[Job]) -> None:
         try:
             self._backend.dispatch(batch)
-        except Exception as exc:  # noqa: BLE001 - whoever submits or gathers would have to pay for a broken engine otherwise
+        except Exception as exc:  # noqa: BLE001 - whoever submits would pay for it, and whoever gathers would hang
+            from evalkit.backends.execution import describe
+
             _log.exception("the backend did not take %d jobs", len(batch))
             error = describe(exc)
             self.emit([Failed(job.id, JobCause.LOST, error) for job in batch])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +159,10 @@ class Model:
             self._end(one, JobState.CANCELLED)
         return "REQUESTED" if ran or one.in_backend else "CANCELLED"
 
-    def cancel_all(self) -> None:
+    def cancel_all(self, goes_at_once: Callable[[Expected], bool]) -> None:
+        """The search ends. What the backend drops at once is told of before the next one is cancelled."""
         for one in reversed(self.out):
             self.cancel(one)
+            if goes_at_once(one):
+                one.in_backend = False
+                self._end(one, JobState.CANCELLED)

@@ -72,7 +72,7 @@ class ScriptedBackend(Backend):
         self.rng = random.Random(0)
         self.stopped = False
         self._time = time
-        self._prompt = prompt
+        self.prompt = prompt
         self._deep = deep
         self._acts = 0
 
@@ -104,7 +104,7 @@ class ScriptedBackend(Backend):
         elif run.asked is None:
             run.asked = self._time.now
             self.watcher.asked(run)
-        if self._prompt and (run.dropped or run.killed):
+        if self.prompt and (run.dropped or run.killed):
             self.send(self._own_end(run))
 
     def step(self, limit: int, timeout: float | None) -> bool:

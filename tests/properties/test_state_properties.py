@@ -12,12 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import ScriptedBackend
 
-from evalkit import ErrorInfo, JobCause, JobState
+from evalkit import ErrorInfo, Evaluator, JobCause, JobState
 from evalkit.backends import Cancelled, Done, Event, Failed, Lost, Progress, Recorded, Started
 from evalkit.errors import IllegalTransitionError
 from evalkit.job import LEGAL_TRANSITIONS, TERMINAL_STATES, Job
-
-from evalkit import Evaluator  # isort: skip
 
 states = st.sampled_from(JobState)
 times = st.floats(-1e9, 1e9) | st.sampled_from([0.0, -0.0, float("inf"), float("-inf")])

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from bounds import seeds
+
 from evalkit import Callback, Evaluator, Job, RetryPolicy, RunningJob
 from evalkit.errors import EvaluatorClosedError, SearchStoppedError
 from evalkit.testing.backend_fixtures import BOUND, in_background
 from evalkit.testing.together import in_threads
-
-from bounds import seeds
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,9 @@ def test_every_job_is_gathered_once_whoever_gathers(method: str, seed: int) -> N
     assert tally.closed == 1
     assert all(told == ["launch", "done", "gather"] for told in tally.told.values())
     assert len(tally.told) == total
-    assert not [thread for thread in threading.enumerate() if thread not in before and thread.name != "suite-background"]
+    assert not [
+        thread for thread in threading.enumerate() if thread not in before and thread.name != "suite-background"
+    ]
 
 
 @pytest.mark.parametrize("seed", seeds(15))
