@@ -50,7 +50,7 @@ __all__ = ["main", "work"]
 
 _ONE_IN = 50
 _SEARCH = "soak"
-_JOB_TIMEOUT = 1.0  # seconds
+_JOB_TIMEOUT = 1.5  # seconds
 _MEMORY = 400  # MB that a job may take, where the backend watches it
 _BALLOON = 300  # MB more that a balloon takes at most
 _WATCHED = "job_memory" in inspect.signature(ProcessBackend.__init__).parameters
@@ -100,11 +100,10 @@ def _note(variable: str, job: RunningJob) -> None:
 
 
 def _inflate(megabytes: int) -> None:
-    taken = []
-    for _ in range(0, megabytes, 10):
-        taken.append(bytearray(os.urandom(1 << 20) * 10))
-        time.sleep(0.005)
-    raise MemoryError(f"nobody minded {megabytes} MB")
+    taken = [b"\1" * (10 << 20) for _ in range(0, megabytes, 10)]
+    if _WATCHED:
+        time.sleep(1e6)
+    raise MemoryError(f"nobody minded {len(taken) * 10} MB")
 
 
 @dataclass
@@ -172,7 +171,7 @@ class Soak:
             for index in range(self.jobs):
                 kind = self.rng.choices(names, weights)[0] if self.rng.random() < 1 / _ONE_IN else "work"
                 self.kinds.append(kind)
-                table.writerow([index, kind, round(self.rng.uniform(0.001, 0.006), 4)])
+                table.writerow([index, kind, round(self.rng.uniform(0.005, 0.015), 4)])
 
     # -- sessions -------------------------------------------------------------------------------------------------
 
