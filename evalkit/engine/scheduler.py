@@ -273,8 +273,6 @@ class Scheduler:
         try:
             self._backend.dispatch(batch)
         except Exception as exc:  # noqa: BLE001 - whoever submits would pay for it, and whoever gathers would hang
-            from evalkit.backends.execution import describe
-
             _log.exception("the backend did not take %d jobs", len(batch))
             error = describe(exc)
             self.emit([Failed(job.id, JobCause.LOST, error) for job in batch])
@@ -368,8 +366,6 @@ class Scheduler:
         job.note_log(event.log)
 
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
-        if event.measured is None and job.state is JobState.QUEUED:
-            self._has_run(turn, job)  # whoever tells of neither the start nor the times
         self._leave_backend(job)
         if not (self._dooms and self._again(turn, job, None)):
             self._end(turn, job, JobState.DONE, event, event.output)
@@ -478,8 +474,7 @@ class Scheduler:
                 return CancelOutcome.REQUESTED
             ran = job.state is JobState.RUNNING
             job.move(JobState.CANCELLING, reason)
-            if job.id in self._dooms:  # out of time, so it was asked to stop; now it gets no other attempt either
-                return CancelOutcome.REQUESTED
+            asked = job.id in self._dooms  # it is out of time; from now on it gets no other attempt either
             sent = job.id in self._in_backend
             if sent:
                 self._dooms[job.id] = reason
@@ -488,7 +483,7 @@ class Scheduler:
                 self._end(turn, job, JobState.CANCELLED)
             self._conclude(turn)
         self._tell(turn)
-        if sent:
+        if sent and not asked:
             self._backend.cancel(job.id, kill=False)
             if job.id in self._out:
                 self._timers.call_later(self._patience, self._kill, job, job.attempt)
