@@ -103,6 +103,9 @@ def run(
         typer.Option(metavar="FILE", help="Also write a row for each finished job to a .csv or .jsonl file."),
     ] = None,
     minimize: Annotated[bool, typer.Option("--minimize", help="The best objective is the smallest.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what jobs print while they run, each line with its job.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors and warnings.")] = False,
 ) -> None:
     """Run a function over many configurations.
@@ -134,6 +137,7 @@ def run(
                 "output": output,
                 "timeout": timeout,
                 "minimize": minimize,
+                "verbose": verbose,
                 "quiet": quiet,
             },
         )
