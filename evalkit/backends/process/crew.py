@@ -116,7 +116,7 @@ class Crew:
             self._kills.append((time.monotonic() + TERM_GRACE, link.number))
 
     def kill_group(self, link: WorkerLink) -> None:
-        """End what a worker has left, now that there is no nursery to do it; what moved to other groups is lost to us."""
+        """End what a worker has left, where no nursery is there to do it; what moved to other groups is lost to us."""
         if link.identity is not None:
             with contextlib.suppress(OSError):
                 os.killpg(link.identity.pid, signal.SIGKILL)
