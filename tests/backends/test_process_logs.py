@@ -133,21 +133,37 @@ def test_what_is_not_text(make: Make, tmp_path: Path) -> None:
 
 def _replaces_stdout(job: RunningJob) -> str:
     print("before,", end=" ")
-    sys.stdout = io.StringIO()
+    if job["how"] == "closed":
+        sys.stdout.close()
+    sys.stdout = swallowing = io.StringIO()
     print("swallowed")
-    text = sys.stdout.getvalue()
-    sys.stdout = sys.__stdout__ if job["how"] == "to the interpreter's" else None
-    return text
+    if job["how"] == "nothing":
+        sys.stdout = None
+    if job["how"] == "the interpreter's":
+        sys.stdout = sys.__stdout__
+        print("after")
+    return swallowing.getvalue()
 
 
-@pytest.mark.parametrize("how", ["to the interpreter's", "to nothing"])
+@pytest.mark.parametrize("how", ["the interpreter's", "nothing", "closed", "left"])
 def test_a_job_that_replaces_stdout(make: Make, how: str) -> None:
     evaluator = make(_replaces_stdout)
     jobs = evaluator.submit([{"how": how}, {"how": how}])
     gather(evaluator)
     assert [job.output for job in jobs] == ["swallowed\n"] * 2
-    assert jobs[0].log == "before, "
-    assert jobs[1].log == ("before, " if how == "to the interpreter's" else "")
+    # The second job has a stream again, whatever the first has made of it.
+    assert [job.log for job in jobs] == ["before, after\n" if how == "the interpreter's" else "before, "] * 2
+
+
+def _init_that_tees() -> None:
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)))
+
+
+def test_streams_of_worker_init_stay(make: Make) -> None:
+    evaluator = make(_print_sometimes, worker_init=_init_that_tees)
+    jobs = evaluator.submit([{"x": x} for x in range(4)])
+    gather(evaluator)
+    assert [job.log for job in jobs] == ["0", "", "", "3"], "what they hold back comes in time"
 
 
 def _ruins_its_descriptors(job: RunningJob) -> str:
