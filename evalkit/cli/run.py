@@ -104,7 +104,8 @@ def run(
     ] = None,
     minimize: Annotated[bool, typer.Option("--minimize", help="The best objective is the smallest.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show what jobs print as it comes, each line with its job (on process).")
+        bool,
+        typer.Option("--verbose", "-v", help="Show what jobs print as it comes, each line with its job (on process)."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors and warnings.")] = False,
 ) -> None:
