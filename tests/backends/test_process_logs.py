@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import logging
 import os
@@ -433,6 +434,19 @@ def test_descriptors_do_not_pile_up(make: Make) -> None:
     evaluator.submit([{"how": "exit"}] * 20)
     gather(evaluator)
     eventually(lambda: me.num_fds() <= before, "as few descriptors as before")
+
+
+def test_memory_does_not_hold_the_logs_of_all_jobs(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evalkit.storage.memory_table._MAX_LOG_SIZE", 2**18)
+    evaluator = make(_prints_a_lot)
+    kept = []
+    for _ in range(3):
+        ids = [job.id for job in evaluator.submit([{"megabytes": 1}] * 5)]
+        gather(evaluator)
+        gc.collect()
+        kept.append(sum(type(one) is JobLog for one in gc.get_objects()))
+        assert evaluator.storage.load_log(ids[-1]).startswith("the beginning")
+    assert max(kept) <= 10
 
 
 # -- JobLog -----------------------------------------------------------------------------------------------------------
