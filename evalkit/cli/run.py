@@ -103,6 +103,10 @@ def run(
         typer.Option(metavar="FILE", help="Also write a row for each finished job to a .csv or .jsonl file."),
     ] = None,
     minimize: Annotated[bool, typer.Option("--minimize", help="The best objective is the smallest.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show what jobs print as it comes, each line with its job (on process)."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors and warnings.")] = False,
 ) -> None:
     """Run a function over many configurations.
@@ -134,6 +138,7 @@ def run(
                 "output": output,
                 "timeout": timeout,
                 "minimize": minimize,
+                "verbose": verbose,
                 "quiet": quiet,
             },
         )

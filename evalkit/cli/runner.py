@@ -12,6 +12,7 @@ from evalkit.cli.console import FAILED, USAGE, err, fail, warn
 from evalkit.cli.display import display_for
 from evalkit.cli.feed import Feed
 from evalkit.cli.interrupts import Interrupts
+from evalkit.cli.logs import LogStream
 from evalkit.cli.output import OutputCallback, stored_ids, writer_for
 from evalkit.cli.records import is_settled, iterate, job_of, superseded
 from evalkit.cli.rescue import rescue, resume_line
@@ -47,6 +48,7 @@ class RunOptions:
     output: str | None = None
     timeout: float | None = None
     minimize: bool = False
+    verbose: bool = False
     quiet: bool = False
 
 
@@ -90,7 +92,8 @@ class Runner:
             writer = Callback() if self._options.output is None else writer_for(self._options.output)
             output = OutputCallback(writer)
             self._complete_output(search_id, writer)
-            evaluator = self._create(search_id, [self._watch, output])
+            logs = [LogStream(err().print)] if self._options.verbose else []
+            evaluator = self._create(search_id, [self._watch, output, *logs])
         except BaseException:
             if self._created:
                 self._storage.delete_search(search_id)

@@ -15,7 +15,10 @@ __all__ = ["show"]
 
 
 def show(
-    search: Annotated[str, typer.Argument(help="The search to show.", show_default=False)],
+    search: Annotated[
+        str,
+        typer.Argument(metavar="SEARCH|JOB", help="The search to show, or the job, such as 0.12.", show_default=False),
+    ],
     storage: Annotated[str, typer.Option(metavar="URL", help="The storage it is in.")] = DEFAULT_STORAGE,
     minimize: Annotated[
         bool | None, typer.Option("--minimize/--maximize", help="Which objective is the best. Default: as it was run.")
@@ -25,6 +28,8 @@ def show(
     """Show a search: what ran, how it ended, the best job, and each kind of failure.
 
     A job that was run again under another id is left out.
+
+    Or show a job: its parameters, what became of it, and what it printed.
     """
     with reported():
         from collections import deque
@@ -32,11 +37,16 @@ def show(
         from evalkit.callbacks.table import text_of
         from evalkit.cli.records import is_settled, iterate, job_of, open_existing, superseded
         from evalkit.cli.session import RunInfo
+        from evalkit.cli.show_job import find_job, show_job
         from evalkit.cli.summary import args_text, print_outcome
         from evalkit.cli.watch import Watch
         from evalkit.job import Job, JobState
 
         with closing(open_existing(storage)) as opened:
+            job_record = None if search in opened.list_searches() else find_job(opened, search)
+            if job_record is not None:
+                show_job(opened, job_record)
+                return
             record = opened.load_search(search)
             info = RunInfo.of(record)
             if minimize is None:

@@ -110,6 +110,9 @@ class Table:
     def end_later(self, jobs: Sequence[Job]) -> None:
         """Write the ends of these jobs before the table is next looked at."""
         self._unwritten += jobs
+        # Jobs that print hold logs, of which only so many are kept. One that does is seldom the only one.
+        if jobs[-1].printed is not None:
+            self._catch_up()
 
     def _catch_up(self) -> None:
         if not self._unwritten:

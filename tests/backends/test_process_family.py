@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from evalkit import Evaluator, JobCause, JobState, RunningJob
+from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
 
 Make = Callable[..., Evaluator]
@@ -218,6 +219,25 @@ evaluator.gather("ALL")
         nursery = psutil.Process(master.pid).children()[0]
         master.kill()
         eventually(lambda: not alive([*pids, nursery.pid]), "the end of everything the master had started", 5.0)
+
+
+def _child(job: RunningJob) -> int:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    functions._touch(job["started"], f"{os.getppid()} {child.pid}")
+    if job.attempt == 0 and not os.path.exists(job["again"]):
+        time.sleep(600)
+    return child.pid
+
+
+def test_what_a_job_started_ends_though_the_nursery_is_killed(make: Make, files: Files) -> None:
+    evaluator = make(_child)
+    (job,) = evaluator.submit([{"started": files["a"], "again": files["again"]}])
+    nursery, child = map(int, files.wait("a").split())
+    files.create("again")
+    os.kill(nursery, signal.SIGKILL)
+    gather(evaluator)
+    assert job.is_success
+    eventually(lambda: not alive([child]), "the end of the child of the first run")
 
 
 # -- jobs that do not want to end -------------------------------------------------------------------------------------

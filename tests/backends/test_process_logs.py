@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import logging
 import os
@@ -133,21 +134,37 @@ def test_what_is_not_text(make: Make, tmp_path: Path) -> None:
 
 def _replaces_stdout(job: RunningJob) -> str:
     print("before,", end=" ")
-    sys.stdout = io.StringIO()
+    if job["how"] == "closed":
+        sys.stdout.close()
+    sys.stdout = swallowing = io.StringIO()
     print("swallowed")
-    text = sys.stdout.getvalue()
-    sys.stdout = sys.__stdout__ if job["how"] == "to the interpreter's" else None
-    return text
+    if job["how"] == "nothing":
+        sys.stdout = None
+    if job["how"] == "the interpreter's":
+        sys.stdout = sys.__stdout__
+        print("after")
+    return swallowing.getvalue()
 
 
-@pytest.mark.parametrize("how", ["to the interpreter's", "to nothing"])
+@pytest.mark.parametrize("how", ["the interpreter's", "nothing", "closed", "left"])
 def test_a_job_that_replaces_stdout(make: Make, how: str) -> None:
     evaluator = make(_replaces_stdout)
     jobs = evaluator.submit([{"how": how}, {"how": how}])
     gather(evaluator)
     assert [job.output for job in jobs] == ["swallowed\n"] * 2
-    assert jobs[0].log == "before, "
-    assert jobs[1].log == ("before, " if how == "to the interpreter's" else "")
+    # The second job has a stream again, whatever the first has made of it.
+    assert [job.log for job in jobs] == ["before, after\n" if how == "the interpreter's" else "before, "] * 2
+
+
+def _init_that_tees() -> None:
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)))
+
+
+def test_streams_of_worker_init_stay(make: Make) -> None:
+    evaluator = make(_print_sometimes, worker_init=_init_that_tees)
+    jobs = evaluator.submit([{"x": x} for x in range(4)])
+    gather(evaluator)
+    assert [job.log for job in jobs] == ["0", "", "", "3"], "what they hold back comes in time"
 
 
 def _ruins_its_descriptors(job: RunningJob) -> str:
@@ -417,6 +434,19 @@ def test_descriptors_do_not_pile_up(make: Make) -> None:
     evaluator.submit([{"how": "exit"}] * 20)
     gather(evaluator)
     eventually(lambda: me.num_fds() <= before, "as few descriptors as before")
+
+
+def test_memory_does_not_hold_the_logs_of_all_jobs(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evalkit.storage.memory_table._MAX_LOG_SIZE", 2**18)
+    evaluator = make(_prints_a_lot)
+    kept = []
+    for _ in range(3):
+        ids = [job.id for job in evaluator.submit([{"megabytes": 1}] * 5)]
+        gather(evaluator)
+        gc.collect()
+        kept.append(sum(type(one) is JobLog for one in gc.get_objects()))
+    assert max(kept) < 10
+    assert evaluator.storage.load_log(ids[-1]).startswith("the beginning")
 
 
 # -- JobLog -----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import os
 import struct
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from evalkit.joblog import JobLog
 
@@ -50,7 +50,13 @@ if _libc is not None:
 
 def can_capture() -> bool:
     """Whether this system has what it takes."""
-    return _libc is not None and hasattr(os, "memfd_create")
+    if _libc is None:
+        return False
+    try:
+        os.close(create())
+    except (AttributeError, OSError):  # an old system, or a sandbox that forbids it
+        return False
+    return True
 
 
 def create() -> int:
@@ -83,8 +89,9 @@ class Capture:
     Attributes:
         fd: the file.
         end: where the log of the last job ended.
-        stdout, stderr: what they are in ``sys`` while nobody has replaced them. They hold nothing back, so that
-            nothing is lost when the worker dies, and nothing is printed twice when it forks.
+        stdout, stderr: what they are in ``sys`` when a job starts. Ours hold nothing back, so that nothing is lost when
+            the worker dies, and nothing is printed twice when it forks.
+        buffered: whether ``worker_init`` has replaced them.
     """
 
     def __init__(self, fd: int, cell: mmap.mmap) -> None:
@@ -92,12 +99,17 @@ class Capture:
         self.end = 0
         self._cell = cell
         flush_all()
-        sys.stdout = sys.__stdout__ = self.stdout = _unbuffered(1)  # type: ignore[misc]
-        sys.stderr = sys.__stderr__ = self.stderr = _unbuffered(2)  # type: ignore[misc]
+        self.stdout: TextIO = _Unbuffered(1)
+        self.stderr: TextIO = _Unbuffered(2)
+        sys.stdout = sys.__stdout__ = self.stdout  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = self.stderr  # type: ignore[misc]
+        self.buffered = False
 
     def begin(self) -> None:
         """From now on, what is printed is a job's."""
         flush_all()
+        self.buffered = sys.stdout is not self.stdout or sys.stderr is not self.stderr
+        self.stdout, self.stderr = sys.stdout, sys.stderr
         assert _libc is not None  # noqa: S101 - can_capture() said so
         _libc.fflush(None)
         # C holds nothing back either.
@@ -108,6 +120,10 @@ class Capture:
         os.dup2(self.fd, 2)
         if not faulthandler.is_enabled():
             faulthandler.enable(2)  # a job that crashes says where
+
+    def restore(self) -> None:
+        """What a job has made of its streams is not for the next one."""
+        sys.stdout, sys.stderr = self.stdout, self.stderr
 
     def take(self, end: int) -> tuple[int, JobLog]:
         """The log of the job that has just ended, now that the file has grown to ``end``."""
@@ -120,9 +136,15 @@ class Capture:
         _START.pack_into(self._cell, 0, self.end)
 
 
-def _unbuffered(fd: int) -> io.TextIOWrapper:
-    raw: Any = io.FileIO(fd, "w", closefd=False)
-    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+class _Unbuffered(io.TextIOWrapper):
+    """A stream on a descriptor that is not ours to close."""
+
+    def __init__(self, fd: int) -> None:
+        raw: Any = io.FileIO(fd, "w", closefd=False)
+        super().__init__(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+
+    def close(self) -> None:
+        """A job that closes it would close it for all that follow."""
 
 
 def flush_all() -> None:

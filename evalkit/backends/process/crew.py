@@ -115,6 +115,12 @@ class Crew:
             self._spawner.signal(link.number, signal.SIGTERM)
             self._kills.append((time.monotonic() + TERM_GRACE, link.number))
 
+    def kill_group(self, link: WorkerLink) -> None:
+        """End what a worker has left, where no nursery is there to do it; what moved to other groups is lost to us."""
+        if link.identity is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(link.identity.pid, signal.SIGKILL)
+
     def stop_listening(self, link: WorkerLink) -> None:
         """It sends nothing more; the nursery will tell how it ended."""
         with contextlib.suppress(KeyError, ValueError):

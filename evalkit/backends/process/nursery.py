@@ -181,9 +181,9 @@ class _Nursery:
                 family = descendants(pid)
                 with contextlib.suppress(OSError):
                     os.killpg(pid, signum)
-                for one in family:
+                for one in (pid, *family):
                     with contextlib.suppress(OSError):
-                        if os.getpgid(one) != pid:
+                        if os.getpgid(one) != pid:  # it moved to another group
                             os.kill(one, signum)
                 if signum == signal.SIGTERM:
                     self._asked_to_end.add(pid)

@@ -425,6 +425,7 @@ class ProcessBackend(Backend):
     def _replace_nursery(self) -> None:
         """Somebody killed the nursery, and the kernel the workers with it: by no fault of any job."""
         for link in list(self._crew.links.values()):
+            self._crew.kill_group(link)
             self._bury(link, None)
         try:
             self._crew.restart()

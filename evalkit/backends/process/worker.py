@@ -272,10 +272,12 @@ class _Worker:
     def _collect_output(self) -> None:
         """What the job printed is on its way before its result is."""
         capture = self._capture
-        if capture is None or sys.stdout is not capture.stdout or sys.stderr is not capture.stderr:
-            flush_all()
         if capture is None:
+            flush_all()
             return
+        if capture.buffered or sys.stdout is not capture.stdout or sys.stderr is not capture.stderr:
+            flush_all()
+            capture.restore()
         try:
             size = os.lseek(capture.fd, 0, os.SEEK_END)
         except OSError:
