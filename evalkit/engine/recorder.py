@@ -18,10 +18,16 @@ __all__ = ["Recorder"]
 _log = logging.getLogger("evalkit")
 
 _INTERVAL = 0.05  # seconds between writes nobody waits for; longer if one takes long
+_SOON = 0.002  # seconds that an end may wait for others, to be written with them; longer if a write takes long
 _SHARE = 10  # background writes take at most one tenth of the time
 _SLICE = 1000  # jobs in one write
 _PATIENCE = 10.0  # seconds for which a storage that is away is tried again
 _FIRST_BACKOFF = 0.05  # seconds; doubles with each try
+
+
+def _nothing() -> None:
+    pass
+
 
 _Subject = TypeVar("_Subject", Job, JobUpdate)
 
@@ -30,32 +36,54 @@ class Recorder:
     """Collects the jobs that changed and writes each as it is by then: a job that ran through between two writes is one
     write.
 
-    What was noted is written within :data:`_INTERVAL` or, for who calls :meth:`flush`, at once. What the storage does
-    not take is kept for the next write.
+    What was noted is written within :data:`_INTERVAL`, ends within :data:`_SOON`, or, for who calls :meth:`flush`, at
+    once. What the storage does not take is kept for the next write.
+
+    Attributes:
+        durable: whether what is written outlives this process.
+        away: whether the storage did not take the last write.
+        on_written: called after each write in the background.
     """
 
     def __init__(self, storage: Storage, clock: Clock) -> None:
         self._storage = storage
-        self._durable = storage.durable
         self._clock = clock
+        self.durable = storage.durable
+        self.away = False
+        self.on_written: Callable[[], None] = _nothing
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._changed: dict[str, Job] = {}
         self._ended: list[Job] = []  # each once
-        self._scheduled = False
+        self._being_written = 0  # of those that have ended
+        self._scheduled: float | None = None  # when, on the monotonic clock
         self._last_duration = 0.0
         self._patience = _PATIENCE
 
-    def note(self, changed: Sequence[Job], ended: Sequence[Job]) -> None:
-        """These jobs have changed, and those have ended; cheap enough for every event. An end is noted once."""
+    @property
+    def unwritten(self) -> int:
+        """How many jobs have ended and are not in the storage yet."""
+        return len(self._ended) + self._being_written
+
+    def note(self, changed: Sequence[Job], ended: Sequence[Job], at_once: bool = False) -> None:
+        """These jobs have changed, and those have ended; cheap enough for every event. An end is noted once.
+
+        Args:
+            at_once: whether somebody waits for the ends to be written.
+        """
         with self._lock:
             for job in changed:
                 self._changed[job.id] = job
             self._ended += ended
-            if self._scheduled or not self._durable or not (self._ended or self._changed):
+            if not self.durable or not (self._ended or self._changed):
                 return
-            self._scheduled = True
-        self._clock.call_later(max(_INTERVAL, _SHARE * self._last_duration), self._write_in_background)
+            least = _INTERVAL if self.away or not self._ended else _SOON
+            delay = 0.0 if at_once and least == _SOON else max(least, _SHARE * self._last_duration)
+            due = time.monotonic() + delay
+            if self._scheduled is not None and self._scheduled <= due:
+                return
+            self._scheduled = due
+        self._clock.call_later(delay, self._write_in_background)
 
     def flush(self) -> None:
         """Write what was noted, and return when it is durable.
@@ -81,7 +109,12 @@ class Recorder:
 
     def _write_in_background(self) -> None:
         with self._lock:
-            self._scheduled = False
+            self._scheduled = None
+        self.write()
+        self.on_written()
+
+    def write(self) -> None:
+        """Write what was noted; what the storage does not take now is tried again later."""
         try:
             self._write()
         except StorageUnavailableError:
@@ -94,6 +127,7 @@ class Recorder:
             with self._lock:
                 changed, self._changed = self._changed, {}
                 ended, self._ended = self._ended, []
+                self._being_written = len(ended)
             if not (ended or changed):
                 return
             start = time.monotonic()
@@ -106,11 +140,15 @@ class Recorder:
                 for first in range(0, len(ended), _SLICE):
                     self._write_some(ended[first : first + _SLICE], self._storage.end_jobs)
                     written = first + _SLICE
-            except BaseException:
+            except BaseException as exc:
                 with self._lock:
+                    self.away = isinstance(exc, StorageUnavailableError)
                     self._changed = changed | self._changed
                     self._ended = ended[written:] + self._ended
+                    self._being_written = 0
                 raise
+            self.away = False
+            self._being_written = 0
             self._last_duration = time.monotonic() - start
 
     def _write_some(self, subjects: list[_Subject], write: Callable[[list[_Subject]], None]) -> None:

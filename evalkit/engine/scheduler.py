@@ -34,6 +34,7 @@ from evalkit.backends.events import (
 from evalkit.backends.execution import describe
 from evalkit.engine.clock import Clock
 from evalkit.engine.notifier import Notifier
+from evalkit.engine.pacing import Pacing
 from evalkit.engine.recorder import Recorder
 from evalkit.engine.retry import RetryPolicy
 from evalkit.engine.waiting import AllWaiter, BatchWaiter, JobWaiter, Waiter
@@ -70,6 +71,8 @@ class Scheduler:
     ) -> None:
         self._backend = backend
         self._recorder = recorder
+        self._pacing = Pacing(recorder, backend.num_workers)
+        recorder.on_written = self.pump
         self._notifier = notifier
         self._timers = timers
         self.epoch = epoch
@@ -219,7 +222,12 @@ class Scheduler:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return False
-                if not self._backend.step(limit, left):
+                if self._backend.step(limit, left):
+                    continue
+                if self._pending and self._recorder.unwritten and not self._recorder.away:
+                    self._recorder.write()  # what waits to start waits for that
+                    self.pump()
+                elif not waiter.done:
                     # Nothing to run here and now: another thread is submitting, or a retry waits for its time.
                     waiter.wait(0.05 if left is None else min(left, 0.05))
             return True
@@ -286,6 +294,9 @@ class Scheduler:
                 return []  # all of them are being cancelled; what goes makes no room for another attempt
             in_backend = self._in_backend
             room = self._backend.capacity - len(in_backend)
+            paced = self._pacing.room(len(in_backend))
+            if paced is not None:
+                room = min(room, paced)
             batch: list[Job] = []
             while pending and len(batch) < room:
                 first = [pending.popleft() for _ in range(min(room - len(batch), len(pending)))]
@@ -313,7 +324,7 @@ class Scheduler:
         """With the lock: have what was touched recorded and told of, before anybody can gather it."""
         ended = turn.ended
         if ended or turn.changed:
-            self._recorder.note(turn.changed, ended)
+            self._recorder.note(turn.changed, ended, self._pacing.strict)
         if self._notifier.active:
             self._notifier.post("on_progress", turn.progressed)
             self._notifier.post("on_done", ended)
@@ -367,11 +378,14 @@ class Scheduler:
 
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
         self._leave_backend(job)
+        if self._recorder.durable:
+            self._pacing.note(event)
         if not (self._dooms and self._again(turn, job, None)):
             self._end(turn, job, JobState.DONE, event, event.output)
 
     def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
         self._leave_backend(job)
+        self._pacing.note(event)
         if job.state is JobState.QUEUED and event.measured is not None:
             job.start(event.measured[0], event.worker)  # over so soon that nobody told of its start
             turn.progressed.append(job)

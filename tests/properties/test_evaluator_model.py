@@ -333,8 +333,8 @@ class Rig:
             assert one.since is not None
             if self.job_timeout is not None and run.asked is None:
                 assert self.time.now - one.since < self.job_timeout, "past its time, and nobody asked it to stop"
-        if not self.model.policy.backoff:
-            assert len(self.backend.runs) == min(self.backend.capacity, len(model.out)), "room, and jobs that wait"
+        # Fewer, where a job waits for another attempt, or for the ends of others to be stored.
+        assert len(self.backend.runs) <= min(self.backend.capacity, len(model.out))
 
 
 class EvaluatorMachine(RuleBasedStateMachine):
