@@ -20,7 +20,7 @@ from evalkit.backends.events import (
 )
 
 if TYPE_CHECKING:
-    from evalkit.backends.asynchronous import AsyncBackend
+    from evalkit.backends.asynchronous import AsyncBackend, RunFailedError, RunLostError
     from evalkit.backends.chunk import Program
     from evalkit.backends.executor import ExecutorBackend, Fault, Reach
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
@@ -43,7 +43,9 @@ __all__ = [
     "Progress",
     "Reach",
     "Recorded",
+    "RunFailedError",
     "RunFunction",
+    "RunLostError",
     "SideChannel",
     "SideChannelClient",
     "Started",
@@ -57,6 +59,8 @@ _MODULES = {
     "Fault": "executor",
     "Program": "chunk",
     "Reach": "executor",
+    "RunFailedError": "asynchronous",
+    "RunLostError": "asynchronous",
     "SideChannel": "side_channel",
     "SideChannelClient": "side_channel",
 }
