@@ -21,6 +21,7 @@ from evalkit.backends.events import (
 
 if TYPE_CHECKING:
     from evalkit.backends.asynchronous import AsyncBackend, RunFailedError, RunLostError
+    from evalkit.backends.calls import pack_call, read_answer, run_call
     from evalkit.backends.chunk import Program
     from evalkit.backends.executor import ExecutorBackend, Fault, Reach
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
@@ -51,6 +52,9 @@ __all__ = [
     "Started",
     "Task",
     "WorkerIdentity",
+    "pack_call",
+    "read_answer",
+    "run_call",
 ]
 
 _MODULES = {
@@ -63,6 +67,9 @@ _MODULES = {
     "RunLostError": "asynchronous",
     "SideChannel": "side_channel",
     "SideChannelClient": "side_channel",
+    "pack_call": "calls",
+    "read_answer": "calls",
+    "run_call": "calls",
 }
 
 

@@ -1,11 +1,10 @@
 """Python functions as commands, for the suite: its run functions are Python, those of this backend make command lines.
 
-As a program, ``python python_call.py FILE`` runs the pickled call that is in the file.
+As a program, ``python python_call.py FILE`` runs the packed call that is in the file.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import functools
 import json
@@ -16,12 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evalkit import JobCause, RunningJob
-from evalkit.backends import Failed, RunFailedError
-from evalkit.backends.execution import failed, identity, run
-from evalkit.backends.serialization import dumps, explain, loads
-from evalkit.errors import SerializationError
-from evalkit.running import is_coroutine_function
+from evalkit import RunningJob
+from evalkit.backends import pack_call, read_answer, run_call
 
 
 class PythonCall:
@@ -31,23 +26,11 @@ class PythonCall:
         self.function = function
 
     def __call__(self, job: RunningJob, **kwargs: Any) -> list[str]:
-        function = functools.partial(self.function, **kwargs) if kwargs else self.function
-        parts = (
-            dumps(function, "run_function", function=True, in_band=True)[0],
-            dumps(job.parameters, "args", in_band=True)[0],
-        )
+        call = pack_call(functools.partial(self.function, **kwargs) if kwargs else self.function, job)
         descriptor, path = tempfile.mkstemp(suffix=".call")
         with open(descriptor, "wb") as file:
-            file.write(dumps((*parts, job.id, job.attempt), "call", in_band=True)[0])
+            file.write(call)
         return [sys.executable, __file__, path]
-
-
-def read_answer(line: str) -> Any:
-    """What the function returned; raise what it raised."""
-    end = loads(base64.b64decode(line))
-    if isinstance(end, Failed):
-        raise RunFailedError(JobCause.EXCEPTION, end.error)
-    return end.output
 
 
 class Printing:
@@ -70,28 +53,17 @@ class Printing:
         return self._asked
 
 
+def parse(line: str) -> Any:
+    """What the function returned; raise what it raised."""
+    return read_answer(base64.b64decode(line), RunningJob({}, "", 0, None))  # what it said has come by the channel
+
+
 def main() -> None:
     channel = Printing()
     path = Path(sys.argv[1])
-    function_data, args_data, job_id, attempt = loads(path.read_bytes())
+    call = path.read_bytes()
     path.unlink()
-    worker = identity("command")
-    try:
-        function, args = loads(function_data), loads(args_data)
-    except BaseException as exc:  # noqa: BLE001 - whatever rebuilding them does
-        end = failed(job_id, exc, None, worker)
-    else:
-        call = function
-        if is_coroutine_function(function):
-            call = lambda job: asyncio.run(function(job))  # noqa: E731
-        end = run(call, RunningJob(args, job_id, attempt, channel), worker)
-    try:
-        answer = dumps(end, "output", in_band=True)[0]
-    except SerializationError as exc:
-        output = getattr(end, "output", None)
-        answer = dumps(failed(job_id, explain(output, "output", exc.__cause__ or exc), None, worker), "output")[0]
-    sys.stdout.flush()
-    print(base64.b64encode(answer).decode(), flush=True)
+    print(base64.b64encode(run_call(call, channel)).decode(), flush=True)
 
 
 if __name__ == "__main__":

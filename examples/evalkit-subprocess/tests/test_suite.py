@@ -7,7 +7,7 @@ import tempfile
 from typing import ClassVar
 
 import pytest
-from python_call import PythonCall, read_answer
+from python_call import PythonCall, parse
 
 from evalkit.testing import BackendSuite
 
@@ -15,7 +15,7 @@ from evalkit.testing import BackendSuite
 class TestSubprocess(BackendSuite):
     method = "subprocess"
     tiny_jobs = 100  # each is an interpreter
-    options: ClassVar = {"parse": read_answer}
+    options: ClassVar = {"parse": parse}
 
     def prepare(self, run_function):
         inner = run_function.func if isinstance(run_function, functools.partial) else run_function
