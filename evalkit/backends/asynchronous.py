@@ -82,6 +82,7 @@ class AsyncBackend(Backend):
         self._flush_due = False
         self._running: dict[str, _Run] = {}
         self._lanes: set[asyncio.Task[None]] = set()
+        self._dying: set[asyncio.Task[None]] = set()  # of jobs that were killed, and let go of what they use
         self._stopped = False
 
     @abstractmethod
@@ -199,6 +200,7 @@ class AsyncBackend(Backend):
         lanes = list(self._lanes)
         for lane in lanes:
             lane.cancel()
+        lanes += self._dying
         if lanes:
             await asyncio.wait(lanes, timeout=3.0)
 
@@ -257,6 +259,8 @@ class AsyncBackend(Backend):
         run = self._running.pop(job_id, None)
         if run is not None:
             self._lanes.discard(run.lane)
+            self._dying.add(run.lane)
+            run.lane.add_done_callback(self._dying.discard)
             run.lane.cancel()
             run.channel.close()
             self._note(Failed(job_id, JobCause.LOST, ErrorInfo("Cancelled", "its coroutine was cancelled")))
