@@ -14,7 +14,7 @@ PAGE = ROOT / "examples" / "evalkit-subprocess" / "README.md"
 
 #: A part of the conformance suite that takes seconds; all of it passes.
 _QUICK = (
-    "every_kind_of_exception or crashed_fails or past_its_time or arrive_while or does_not_listen or told_of or "
+    "every_kind_of_exception or crashed_fails or arrive_while or does_not_listen or told_of or "
     "without_close or cannot_import or large_arguments"
 )
 
@@ -57,4 +57,4 @@ def test_its_commands_do_what_they_say(plugin):
 @pytest.mark.timeout(300)
 def test_it_passes_the_conformance_suite(plugin):
     closing = plugin.suite("-k", f"TestSubprocess and ({_QUICK})")
-    assert re.match(r"1\d passed, \d+ deselected", closing), closing
+    assert re.match(r"\d\d passed, \d+ deselected", closing), closing
