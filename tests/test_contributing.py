@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
+from installed import Installed
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -21,49 +17,16 @@ FILES = dict(re.findall(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", PAGE, re.D
 _QUICK = "order_of_submission or batches_are_at_least or crashed_fails or kind_of_exception or lambdas or nothing_out"
 
 
-class Plugin:
-    """The distribution in a folder of its own, installed into an environment of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "evalkit-pool"
-        for name, text in FILES.items():
-            path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        (self.folder / "src" / "evalkit_pool" / "__init__.py").touch()
-        venv.create(folder / "env", with_pip=False, symlinks=True)
-        self.python = folder / "env" / "bin" / "python"
-        self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "PYTHONWARNINGS": "error",
-        }
-        # What is installed here (evalkit's dependencies, pytest, hatchling) is there too, without a download.
-        (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
-        here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-        (packages / "here.pth").write_text(
-            "".join(f"import site; site.addsitedir({path!r})\n" for path in sorted(here))
-        )
-
-    def run(self, *args: str, cwd: Path | None = None) -> str:
-        done = subprocess.run(
-            args, cwd=cwd or self.folder, env=self.environment, capture_output=True, text=True, timeout=240, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def install(self) -> None:
-        self.environment.pop("PYTHONWARNINGS")  # pip's own are not ours
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(self.python)]
-        self.run(*pip, "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", ".")
-        self.environment["PYTHONWARNINGS"] = "error"
-
-
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     pytest.importorskip("hatchling")
-    plugin = Plugin(tmp_path_factory.mktemp("plugin"))
-    plugin.install()
-    return plugin
+    folder = tmp_path_factory.mktemp("plugin") / "evalkit-pool"
+    for name, text in FILES.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (folder / "src" / "evalkit_pool" / "__init__.py").touch()
+    return Installed(folder, folder.parent / "env")
 
 
 def test_the_page_has_every_file_that_it_draws():
@@ -110,8 +73,7 @@ def test_the_shell_runs_on_it_and_refuses_an_option_that_it_does_not_have(plugin
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_its_suite_passes(plugin):
-    options = ["-q", "-W", "error", "-p", "no:cacheprovider", "-k", _QUICK]
-    closing = plugin.run(str(plugin.python), "-m", "pytest", *options, "tests").splitlines()[-1]
+    closing = plugin.suite("-k", _QUICK)
     passed = re.match(r"(\d+) passed", closing)
     assert passed, closing
     assert int(passed[1]) >= 6

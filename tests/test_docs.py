@@ -49,6 +49,7 @@ def blocks(*pages: Path) -> Iterator[Block]:
 PYTHON = [block for block in blocks(*PAGES) if block.language == "python" and block.page.name != "CONTRIBUTING.md"]
 QUOTED = [block for block in PYTHON if block.mark.startswith("from ")]
 PROGRAMS = [block for block in PYTHON if not block.mark]
+SUITE = [block for block in PYTHON if block.mark == "suite"]
 SHELL = [block for block in blocks(ROOT / "README.md") if block.language == "sh" and block.mark == "run"]
 
 
@@ -93,7 +94,8 @@ def test_there_is_something_to_check():
     assert len(PROGRAMS) >= 6
     assert len(QUOTED) == 2
     assert len(SHELL) == 1
-    assert not [str(block) for block in PYTHON if block.mark and block not in QUOTED]
+    assert len(SUITE) == 1
+    assert not [str(block) for block in PYTHON if block.mark and block not in [*QUOTED, *SUITE]]
 
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=str)
@@ -116,16 +118,6 @@ def test_the_callbacks_example_stops_early_and_shows_the_failure(run):
     assert len((run.folder / "results.csv").read_text().splitlines()) == 6
 
 
-SUITE = """
-from evalkit import Evaluator
-from evalkit.testing import BackendSuite
-from own import {name}
-
-class TestOwn(BackendSuite):
-    def create(self, run_function, **kwargs):
-        backend = {name}(kwargs.pop("num_workers", 1))
-        return Evaluator(self.prepare(run_function), backend, **kwargs)
-"""
 #: A part of it that takes seconds; all of it passes.
 QUICK = "submission or batches_are or kind_of_exception or coroutine_functions or afterwards or never_runs or arrive"
 
@@ -135,7 +127,7 @@ QUICK = "submission or batches_are or kind_of_exception or coroutine_functions o
 def test_the_backends_of_the_documentation_pass_the_suite(run, name):
     (block,) = [block for block in PROGRAMS if f"class {name}(" in block.text]
     (run.folder / "own.py").write_text(block.text.partition("\n\n\ndef run(")[0])
-    (run.folder / "test_own.py").write_text(SUITE.format(name=name))
+    (run.folder / "test_own.py").write_text(SUITE[0].text.replace("PoolOfThreads", name))
     printed = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", QUICK, "test_own.py")
     assert re.match(r"[7-9] passed|6 passed, 1 skipped", printed.splitlines()[-1]), printed
 
@@ -212,3 +204,12 @@ def test_every_capability_is_documented():
     page = (ROOT / "docs" / "backends.md").read_text()
     for field in fields(Capabilities):
         assert f"| `{field.name}` |" in page
+
+
+def test_what_a_suite_may_set_is_documented():
+    from evalkit.testing.backend_fixtures import BackendFixtures
+
+    page = (ROOT / "docs" / "backends.md").read_text()
+    settings = [name for name in BackendFixtures.__annotations__ if not name.startswith("_")]
+    for name in (*settings, "create", "prepare", "command"):
+        assert f"`{name}" in page, name

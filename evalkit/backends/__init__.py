@@ -20,7 +20,8 @@ from evalkit.backends.events import (
 )
 
 if TYPE_CHECKING:
-    from evalkit.backends.asynchronous import AsyncBackend
+    from evalkit.backends.asynchronous import AsyncBackend, RunFailedError, RunLostError
+    from evalkit.backends.calls import pack_call, read_answer, run_call
     from evalkit.backends.chunk import Program
     from evalkit.backends.executor import ExecutorBackend, Fault, Reach
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
@@ -43,12 +44,17 @@ __all__ = [
     "Progress",
     "Reach",
     "Recorded",
+    "RunFailedError",
     "RunFunction",
+    "RunLostError",
     "SideChannel",
     "SideChannelClient",
     "Started",
     "Task",
     "WorkerIdentity",
+    "pack_call",
+    "read_answer",
+    "run_call",
 ]
 
 _MODULES = {
@@ -57,8 +63,13 @@ _MODULES = {
     "Fault": "executor",
     "Program": "chunk",
     "Reach": "executor",
+    "RunFailedError": "asynchronous",
+    "RunLostError": "asynchronous",
     "SideChannel": "side_channel",
     "SideChannelClient": "side_channel",
+    "pack_call": "calls",
+    "read_answer": "calls",
+    "run_call": "calls",
 }
 
 

@@ -10,16 +10,17 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Lost, Started, WorkerIdentity
 from evalkit.backends.execution import LocalChannel, failed, identity
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob, own_copy
 
-__all__ = ["AsyncBackend"]
+__all__ = ["AsyncBackend", "RunFailedError", "RunLostError"]
 
 _log = logging.getLogger("evalkit")
 
@@ -27,17 +28,42 @@ _HOLD = 0.001  # seconds that the end of a job may wait for the ends of others
 _BRIEF = 0.0005  # seconds; where jobs take less, their starts may wait as well
 
 
-class _Run(NamedTuple):
+class RunFailedError(Exception):
+    """Raised by ``execute`` to say how a run failed, where the engine knows more than an exception tells.
+
+    Args:
+        cause: such as CRASH, or MEMORY.
+        error: its type, message and traceback, and the exit code or the signal.
+    """
+
+    def __init__(self, cause: JobCause, error: ErrorInfo) -> None:
+        super().__init__(f"{cause}: {error}")
+        self.cause = cause
+        self.error = error
+
+
+class RunLostError(Exception):
+    """Raised by ``execute`` when a run ended by no fault of the job, as with its machine: it is to run again.
+
+    Args:
+        reason: what happened.
+    """
+
+
+@dataclass(slots=True)
+class _Run:
     lane: asyncio.Task[None]
+    job: RunningJob
     channel: LocalChannel
+    worker: WorkerIdentity
 
 
 class AsyncBackend(Backend):
     """A backend of which an author writes ``async def execute(self, job)``; all the rest is here.
 
     ``execute`` runs on one private loop thread, at most ``num_workers`` times at once. Being cancelled
-    (``asyncio.CancelledError``) is how a job is killed: let go of what it uses, and raise it on. ``open`` and ``shut``
-    may be overridden to hold a session; both run on the loop.
+    (``asyncio.CancelledError``) is how a job is killed: let go of what it uses, and raise it on. ``ask_to_stop`` may be
+    overridden where the engine can pass a request on, ``open`` and ``shut`` to hold a session; all run on the loop.
 
     Attributes:
         run_function: the user's function, for a backend that runs it or ships it.
@@ -56,11 +82,25 @@ class AsyncBackend(Backend):
         self._flush_due = False
         self._running: dict[str, _Run] = {}
         self._lanes: set[asyncio.Task[None]] = set()
+        self._dying: set[asyncio.Task[None]] = set()  # of jobs that were killed, and let go of what they use
         self._stopped = False
 
     @abstractmethod
     async def execute(self, job: RunningJob) -> Any:
-        """Run one job and return its output; what it raises makes the job FAILED/EXCEPTION."""
+        """Run one job and return its output.
+
+        What it raises makes the job FAILED/EXCEPTION; ``RunFailedError`` says another cause, and ``RunLostError`` that
+        it is to run again.
+        """
+
+    def ask_to_stop(self, job: RunningJob) -> None:
+        """Called on the loop when a running job is asked to stop, where ``job.stopped()`` has become true."""
+
+    def say_where(self, job: RunningJob, host: str, pid: int) -> None:
+        """Called by ``execute``: the job runs on this host and in this process; without it, here."""
+        run = self._running.get(job.id)
+        if run is not None and run.job is job:
+            run.worker = WorkerIdentity(host, pid, run.worker.name)
 
     async def open(self) -> None:
         """Called on the loop before the first job. What it raises is raised by ``Evaluator.create``."""
@@ -101,9 +141,7 @@ class AsyncBackend(Backend):
         if waiting:
             self._emit([Cancelled(job_id)])
             return
-        run = self._running.get(job_id)
-        if run is not None:
-            run.channel.request_stop()
+        self._request_stop(self._running.get(job_id))
         if kill:
             self._loop.call_soon_threadsafe(self._kill, job_id)
 
@@ -112,10 +150,15 @@ class AsyncBackend(Backend):
         with self._lock:
             self._tasks.clear()
         for run in list(self._running.values()):
-            run.channel.request_stop()
+            self._request_stop(run)
         self._on_loop(self._settle(deadline), grace + 5.0)
         self._on_loop(self.shut(), 5.0)
         self._end_loop()
+
+    def _request_stop(self, run: _Run | None) -> None:
+        if run is not None:
+            run.channel.request_stop()
+            self._loop.call_soon_threadsafe(self._pass_on, run)
 
     def _on_loop(self, coroutine: Any, timeout: float) -> None:
         """Run a last coroutine; a loop that somebody blocks is left behind."""
@@ -142,6 +185,14 @@ class AsyncBackend(Backend):
 
     # -- on the loop ----------------------------------------------------------------------------------------------
 
+    def _pass_on(self, run: _Run) -> None:
+        """The request to stop, to the engine, if the run has not ended."""
+        if self._running.get(run.job.id) is run:
+            try:
+                self.ask_to_stop(run.job)
+            except Exception:  # noqa: BLE001 - the job is ended by force then
+                _log.exception("job %s could not be asked to stop", run.job.id)
+
     async def _settle(self, deadline: float) -> None:
         """Wait for what runs until the deadline, then cancel it."""
         while self._running and time.monotonic() < deadline:
@@ -149,6 +200,7 @@ class AsyncBackend(Backend):
         lanes = list(self._lanes)
         for lane in lanes:
             lane.cancel()
+        lanes += self._dying
         if lanes:
             await asyncio.wait(lanes, timeout=3.0)
 
@@ -170,7 +222,9 @@ class AsyncBackend(Backend):
                     break
                 task = self._tasks.popleft()
                 job_id = task.id
-                self._running[job_id] = run = _Run(me, LocalChannel(self._say))
+                channel = LocalChannel(self._say)
+                job = RunningJob(own_copy(task.args), job_id, task.attempt, channel)
+                self._running[job_id] = run = _Run(me, job, channel, self._worker)
             self._begun[job_id] = start = time.time()
             if not brief:  # it may keep the loop for a while, and its time counts from now
                 self._flush()
@@ -178,17 +232,20 @@ class AsyncBackend(Backend):
                 self._flush_due = True
                 self._loop.call_soon(self._flush)
             try:
-                job = RunningJob(own_copy(task.args), job_id, task.attempt, run.channel)
                 output = await self.execute(job)
-                end: Event = Done(job_id, output, (start, time.time(), None, None), self._worker)
+                end: Event = Done(job_id, output, (start, time.time(), None, None), run.worker)
             except asyncio.CancelledError as exc:
                 if me.cancelling():
                     if self._running.get(job_id) is run:
                         del self._running[job_id]  # everything stops
                     return
-                end = failed(job_id, exc, (start, time.time(), None, None), self._worker)
+                end = failed(job_id, exc, (start, time.time(), None, None), run.worker)
+            except RunFailedError as exc:
+                end = Failed(job_id, exc.cause, exc.error, (start, time.time(), None, None), run.worker)
+            except RunLostError as exc:
+                end = Lost(job_id, str(exc))
             except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit included
-                end = failed(job_id, exc, (start, time.time(), None, None), self._worker)
+                end = failed(job_id, exc, (start, time.time(), None, None), run.worker)
             if self._running.get(job_id) is not run:
                 return  # killed, and told of already
             del self._running[job_id]
@@ -202,6 +259,8 @@ class AsyncBackend(Backend):
         run = self._running.pop(job_id, None)
         if run is not None:
             self._lanes.discard(run.lane)
+            self._dying.add(run.lane)
+            run.lane.add_done_callback(self._dying.discard)
             run.lane.cancel()
             run.channel.close()
             self._note(Failed(job_id, JobCause.LOST, ErrorInfo("Cancelled", "its coroutine was cancelled")))

@@ -77,5 +77,6 @@ class BackendSuite(
             wait for it then, as the executors of the standard library do, set it to False.
         kills_children: whether what a job has started ends with it when it is killed, for a backend whose jobs have
             processes of their own; engines that only know their own workers set it to False.
+        tiny_jobs: how many jobs there are in the test of ten thousand tiny ones; fewer where each is a process.
         grace: seconds that a job that is asked to stop has, in tests where it does not listen.
     """

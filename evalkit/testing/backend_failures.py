@@ -232,7 +232,8 @@ class BackendTimeouts(BackendFixtures):
         assert (stuck.state, stuck.cause) == (JobState.FAILED, JobCause.TIMEOUT)
         assert stuck.error is not None
         assert "0.5 s" in stuck.error.message
-        if self.can.isolates_crashes and self.can.kills_running:
+        # It may have been ended before it came to say that it started.
+        if self.can.isolates_crashes and self.can.kills_running and files.exists("stuck.started"):
             pid = files.wait_started("stuck")
             eventually(lambda: not psutil.pid_exists(pid), "the end of the process of the job")
         self._check_recovery(evaluator, {"x": 2})

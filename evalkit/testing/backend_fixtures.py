@@ -35,6 +35,7 @@ class BackendFixtures:
     takes_back: ClassVar[bool] = True
     exits_at_once: ClassVar[bool] = True
     kills_children: ClassVar[bool] = True
+    tiny_jobs: ClassVar[int] = 10_000
     #: Seconds that the suite gives a job that is asked to stop; short, since most of its jobs don't listen.
     grace: ClassVar[float] = 0.2
 

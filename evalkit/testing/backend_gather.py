@@ -86,9 +86,9 @@ class BackendGather(BackendFixtures):
 
     def test_ten_thousand_tiny_jobs(self, make: Make) -> None:
         evaluator = make(functions.echo, num_workers=2)
-        jobs = evaluator.submit({"x": i} for i in range(10_000))
+        jobs = evaluator.submit({"x": i} for i in range(self.tiny_jobs))
         gathered = in_background(evaluator.gather, "ALL").result(2 * BOUND)
-        assert len({job.id for job in jobs}) == 10_000
+        assert len({job.id for job in jobs}) == self.tiny_jobs
         assert [id(job) for job in gathered] == [id(job) for job in jobs]
         assert all(job.output == {"x": i} for i, job in enumerate(gathered))
 

@@ -1,0 +1,104 @@
+"""One run as bytes, for backends that take a Python function elsewhere: pack it here, run it there, read it here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from evalkit.backends.asynchronous import RunFailedError
+from evalkit.backends.base import RunFunction
+from evalkit.backends.events import Done, Failed, Progress, Recorded
+from evalkit.backends.execution import failed, identity, run
+from evalkit.backends.serialization import dumps, explain, loads
+from evalkit.errors import SerializationError
+from evalkit.job import JobCause
+from evalkit.running import Channel, RunningJob, is_coroutine_function
+
+__all__ = ["pack_call", "read_answer", "run_call"]
+
+
+def pack_call(run_function: RunFunction, job: RunningJob) -> bytes:
+    """The run function and its job, by value where they cannot be imported.
+
+    Raises:
+        SerializationError: one of them does not pickle; names the attribute that is to blame.
+    """
+    function = dumps(run_function, "run_function", function=True, in_band=True)[0]
+    args = dumps(job.parameters, "args", in_band=True)[0]
+    return dumps((function, args, job.id, job.attempt), "call", in_band=True)[0]
+
+
+def run_call(call: bytes, channel: Channel | None = None) -> bytes:
+    """In the worker: run what :func:`pack_call` packed. Whatever it raises or returns, this returns the answer.
+
+    Args:
+        call: what was packed.
+        channel: the way back while it runs; without one, progress and records come with the answer, and no request to
+            stop gets there.
+    """
+    function_data, args_data, job_id, attempt = loads(call)
+    worker = identity("call")
+    collector = _Collector()
+    try:
+        function, args = loads(function_data), loads(args_data)
+        job = RunningJob(args, job_id, attempt, collector if channel is None else channel)
+    except BaseException as exc:  # noqa: BLE001 - the function or the arguments cannot be rebuilt here
+        end: Done | Failed = failed(job_id, exc, None, worker)
+    else:
+        end = run(_plain(function), job, worker)
+    try:
+        return dumps((collector.said, end), "output", in_band=True)[0]
+    except SerializationError as exc:
+        error = explain(end.output if isinstance(end, Done) else None, "output", exc.__cause__ or exc)
+        return dumps(([], failed(job_id, error, end.measured, worker)), "output", in_band=True)[0]
+
+
+def read_answer(answer: bytes, job: RunningJob, say_where: Callable[[RunningJob, str, int], None] | None = None) -> Any:
+    """The output that :func:`run_call` answered with; what the job said comes first.
+
+    Args:
+        answer: what ``run_call`` returned.
+        job: the one that was packed.
+        say_where: told of the host and the process that it ran in; ``self.say_where`` of an ``AsyncBackend``.
+
+    Raises:
+        RunFailedError: the run function raised; with the remote traceback.
+    """
+    said, end = loads(answer)
+    for event in said:
+        if isinstance(event, Progress):
+            job.report(event.progress, event.phase)
+        else:
+            job.record(**event.values)
+    if say_where is not None:
+        say_where(job, end.worker.host, end.worker.pid)
+    if isinstance(end, Failed):
+        raise RunFailedError(JobCause.EXCEPTION, end.error)
+    return end.output
+
+
+def _plain(function: RunFunction) -> RunFunction:
+    if not is_coroutine_function(function):
+        return function
+
+    def run_to_its_end(job: RunningJob) -> Any:
+        return asyncio.run(function(job))
+
+    return run_to_its_end
+
+
+class _Collector:
+    """The channel of a job that cannot be heard while it runs."""
+
+    def __init__(self) -> None:
+        self.said: list[Progress | Recorded] = []
+
+    def progress(self, job_id: str, progress: float, phase: str) -> None:
+        self.said.append(Progress(job_id, progress, phase))
+
+    def record(self, job_id: str, values: dict[str, Any]) -> None:
+        self.said.append(Recorded(job_id, values))
+
+    def stop_requested(self, job_id: str) -> bool:
+        return False
