@@ -13,11 +13,25 @@ from rich.text import Text
 
 from evalkit.errors import EvalkitError, TargetError
 
-__all__ = ["FAILED", "INTERRUPTED", "USAGE", "err", "fail", "out", "print_table", "reported", "show_log", "warn"]
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "RESUME",
+    "USAGE",
+    "err",
+    "fail",
+    "out",
+    "print_table",
+    "reported",
+    "show_log",
+    "warn",
+]
 
 #: Exit codes, beside 0: every job is done.
 FAILED = 1
 USAGE = 2
+#: EX_TEMPFAIL of sysexits.h: ended in good order before it was done; the same with --resume goes on.
+RESUME = 75
 INTERRUPTED = 130
 
 
