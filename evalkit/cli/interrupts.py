@@ -1,8 +1,9 @@
 """What ends a run from outside: Ctrl-C, the signals of batch systems, a terminal that is closed.
 
-The first ends it in good order, the second at once. The handlers run wherever the main thread happens to be, perhaps
-with a lock held, so they do next to nothing: before anything runs they raise ``KeyboardInterrupt``, later they tell a
-thread.
+The first ends it in good order, the second at once. A thread reads which signals came, from the pipe into which the
+interpreter writes them. It cannot be left to handlers: they run in the main thread alone, which may be waiting while
+another thread was the one to be interrupted, and wherever it happens to be, in a destructor perhaps, where an exception
+is lost.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
 from evalkit.cli.console import INTERRUPTED, RESUME
 
-__all__ = ["Interrupts"]
+__all__ = ["SYSTEM", "Interrupts"]
 
-_MESSAGE = b"ended at once; what was stored is stored\n"
 #: What batch systems send before the end, and what a terminal sends when it is closed.
-_SYSTEM = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+SYSTEM = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+_NOTHING_RAN = b"interrupted before anything ran\n"
+_AT_ONCE = b"ended at once; what was stored is stored\n"
 #: Seconds in which another signal of the system is the same one: timeout and mpiexec signal a process, then its group.
 _SAME = 1.0
 
@@ -33,8 +34,10 @@ class Interrupts:
 
     Attributes:
         number: of the signal that came first; None as long as there was none.
-        stopped: set once what :meth:`calling` calls has returned.
+        stopped: set once a signal has come, and what was to be called has returned.
     """
+
+    _present: Interrupts | None = None
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -42,8 +45,13 @@ class Interrupts:
         self._since = 0.0
         self._before: dict[int, Any] = {}
         self._deaf = False  # to SIGINT: whoever started this wants it ignored
+        self._lock = threading.Lock()
+        self._ends_at_once = True
+        self._stop: Callable[[], None] | None = None
         self._passed_on = False  # a signal of the system is on its way to who handles Ctrl-C
-        self._told: SimpleQueue[bool] | None = None  # its put may be called in a handler, wherever that comes
+        self._wakeup = -1  # what set_wakeup_fd had before
+        self._pipe: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def exit_code(self) -> int:
@@ -57,74 +65,107 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in _SYSTEM:
+            read, write = self._pipe = os.pipe()
+            os.set_blocking(write, False)
+            self._thread = threading.Thread(target=self._read, args=(read,), name="evalkit-interrupts", daemon=True)
+            self._thread.start()
+            self._wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            self._deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            for number in SYSTEM:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
                     self._before[number] = signal.signal(number, self._on_system)
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
-            self._deaf = self._before[signal.SIGINT] is signal.SIG_IGN
+            Interrupts._present = self
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._restore()
+        if self._pipe is not None and self._thread is not None:
+            read, write = self._pipe
+            os.close(write)
+            self._thread.join()
+            os.close(read)
 
-    @contextlib.contextmanager
-    def calling(self, stop: Callable[[], None]) -> Iterator[None]:
-        """From now on the first signal has ``stop()`` called, in a thread, and raises nothing: what is under way ends
-        as it does when it is asked to. Only a job that runs in the main thread is ended by ``KeyboardInterrupt``.
+    def note(self) -> None:
+        """From now on the first signal ends nothing by itself, but has called what :meth:`call` is given."""
+        self._ends_at_once = False
+
+    def call(self, stop: Callable[[], None]) -> None:
+        """Have ``stop()`` called once a signal has come, in another thread; if it has come already, now.
+
+        A job that runs in the main thread is ended by ``KeyboardInterrupt`` besides.
         """
-        told = self._told = SimpleQueue[bool]()
+        with self._lock:
+            self._stop = stop
+            if not self.stopped.is_set():
+                return
+        stop()
 
-        def wait() -> None:
-            if told.get():
-                stop()
+    # -- in a thread of its own -------------------------------------------------------------------------------------
+
+    def _read(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 64):
+            for number in numbers:
+                self._came(number)
+
+    def _came(self, number: int) -> None:
+        if number not in self._before or (self._deaf and number == signal.SIGINT):
+            return
+        if self.number is not None:
+            if number == signal.SIGINT or time.monotonic() - self._since > _SAME:
+                _end(128 + number, _AT_ONCE)
+            return
+        self.number = number
+        self._since = time.monotonic()
+        if self._ends_at_once:
+            _end(self.exit_code, _NOTHING_RAN)
+        threading.Thread(target=self._call, name="evalkit-stop", daemon=True).start()
+
+    def _call(self) -> None:
+        """Beside the thread that reads, which a second signal has to find at its place."""
+        with self._lock:
+            stop = self._stop
+            if stop is None:
                 self.stopped.set()
+                return
+        stop()
+        self.stopped.set()
 
-        thread = threading.Thread(target=wait, name="evalkit-interrupts", daemon=True)
-        thread.start()
-        try:
-            if self.number is not None:
-                told.put(True)  # it came on the way here
-            yield
-        finally:
-            told.put(False)
-            thread.join()
+    # -- in the main thread: for a backend that runs a job there, and handles Ctrl-C while it does --------------------
 
     def _on_system(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
-            if time.monotonic() - self._since > _SAME:
-                _end_at_once(number)
-            return
-        self._note(number)
-        # Whoever handles Ctrl-C at the moment, a backend that runs a job in this thread, handles this as well.
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler) and handler != self._on_interrupt:
             self._passed_on = True
             handler(signal.SIGINT, frame)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._passed_on:
-            self._passed_on = False
-            raise KeyboardInterrupt
-        if self._deaf:
-            return
-        if self.number is not None:
-            _end_at_once(number)
-        self._note(number)
-        if signal.getsignal(signal.SIGINT) != self._on_interrupt:
+        passed_on, self._passed_on = self._passed_on, False
+        if passed_on or (not self._deaf and signal.getsignal(signal.SIGINT) != self._on_interrupt):
             raise KeyboardInterrupt
 
-    def _note(self, number: int) -> None:
-        self.number = number
-        self._since = time.monotonic()
-        if self._told is None:
-            raise KeyboardInterrupt
-        self._told.put(True)
+    # -- what was before --------------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._wakeup)
+        Interrupts._present = None
+
+    @classmethod
+    def after_fork(cls) -> None:
+        """A fork, by a job perhaps, is another program: signals to it are no signals to the run."""
+        if cls._present is not None:
+            cls._present._restore()
 
 
-def _end_at_once(number: int) -> NoReturn:
+os.register_at_fork(after_in_child=Interrupts.after_fork)
+
+
+def _end(code: int, message: bytes) -> NoReturn:
     with contextlib.suppress(OSError):
-        os.write(2, _MESSAGE)
-    os._exit(128 + number)
+        os.write(2, message)
+    os._exit(code)

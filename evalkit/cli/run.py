@@ -6,11 +6,14 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import closing
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evalkit.cli.console import reported, show_log
+
+if TYPE_CHECKING:
+    from evalkit.cli.interrupts import Interrupts
 
 __all__ = ["DEFAULT_STORAGE", "run"]
 
@@ -136,9 +139,12 @@ def run(
     Exit codes: 0 all is done; 1 something failed or was not run; 2 bad usage; 75 ended before it was done by the
     deadline, SIGTERM, SIGUSR1 or SIGHUP, so that the same with --resume goes on; 130 after Ctrl-C.
     """
-    with reported():
+    from evalkit.cli.interrupts import Interrupts
+
+    with reported(), Interrupts() as interrupts:
         show_log()
         code = _run(
+            interrupts,
             target,
             kwargs,
             (params, grid or [], random, space or [], seed),
@@ -165,6 +171,7 @@ def run(
 
 
 def _run(
+    interrupts: Interrupts,
     target: str,
     kwargs: bool,
     supply: tuple[str | None, list[str], int | None, list[str], int | None],
@@ -208,7 +215,7 @@ def _run(
     function = _function(target, kwargs)
     with closing(plugins().open_storage(storage)) as opened:
         run_options = RunOptions(target=target, method_kwargs=method_kwargs, **rest)
-        return Runner(run_options, function, source, opened).run()
+        return Runner(run_options, function, source, opened).run(interrupts)
 
 
 def _function(target: str, kwargs: bool) -> Callable[..., Any]:

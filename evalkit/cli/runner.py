@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evalkit.callbacks import Callback
-from evalkit.cli.console import FAILED, RESUME, USAGE, err, fail, warn
+from evalkit.cli.console import FAILED, RESUME, USAGE, err, fail, unread_is_fine, warn
 from evalkit.cli.deadline import Deadline
 from evalkit.cli.display import display_for
 from evalkit.cli.feed import Feed
@@ -29,6 +29,7 @@ from evalkit.storage.base import SearchRecord, Storage
 
 __all__ = ["RunOptions", "Runner"]
 
+_STOP_PATIENCE = 10.0  # seconds in which a signal is noted, and the evaluator asked to stop
 _PATIENCE = 120.0  # seconds for which a storage that is away is waited for
 
 
@@ -78,20 +79,13 @@ class Runner:
         self._created = False
         self._take_all = False
 
-    def run(self) -> int:
+    def run(self, interrupts: Interrupts) -> int:
         """Do it, and return the exit code.
 
         Raises:
             EvalkitError, ValueError, TypeError: before anything runs: the options do not fit together.
         """
-        with Interrupts() as interrupts:
-            try:
-                return self._run(interrupts)
-            except KeyboardInterrupt:
-                fail("interrupted before anything ran")
-                return interrupts.exit_code
-
-    def _run(self, interrupts: Interrupts) -> int:
+        interrupts.note()
         search_id, info = self._open_search()
         try:
             writer = Callback() if self._options.output is None else writer_for(self._options.output)
@@ -104,8 +98,7 @@ class Runner:
                 self._storage.delete_search(search_id)
             raise
         if not evaluator.is_master:
-            with interrupts.calling(lambda: None):  # the one that it serves decides what ends when
-                evaluator.close()
+            evaluator.close()  # this process serves another one, which decides what ends when
             return 0
         return self._drive(evaluator, info, output, interrupts)
 
@@ -238,7 +231,8 @@ class Runner:
             feed.stop()
             evaluator.stop(interrupts.name)
 
-        with interrupts.calling(stop), closing(Clock("evalkit-deadline")) as clock:
+        interrupts.call(stop)
+        with closing(Clock("evalkit-deadline")) as clock:
             try:
                 with display_for(
                     self._watch, total, lambda: self._time_left(evaluator), err(), quiet=self._options.quiet
@@ -286,9 +280,9 @@ class Runner:
             try:
                 jobs = evaluator.gather("BATCH", 1)
             except KeyboardInterrupt:
-                if interrupts.number is None:
+                # It has ended the job that ran in this thread. Nothing starts after it.
+                if not interrupts.stopped.wait(_STOP_PATIENCE):
                     raise
-                interrupts.stopped.wait()  # it has ended the job that ran in this thread; nothing starts after it
                 continue
             except StorageUnavailableError:
                 now = time.monotonic()
@@ -325,9 +319,13 @@ class Runner:
         seconds: float,
         interrupts: Interrupts,
     ) -> int:
+        if self._created and feed.taken == 0 and isinstance(trouble, ParametersError):
+            self._storage.delete_search(search_id)  # nothing is in it, and nothing will be
+            raise trouble
         tally = self._watch.tally
         if not self._options.quiet:
-            print_summary(self._watch, search_id, self._storage, feed.skipped, seconds)
+            with unread_is_fine():
+                print_summary(self._watch, search_id, self._storage, feed.skipped, seconds)
         unfinished = trouble is not None or reason is not None or tally.cancelled > 0 or not feed.exhausted
         if reason is not None and trouble is None:
             warn(f"not every configuration was run: {reason}")
