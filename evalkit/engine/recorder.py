@@ -22,6 +22,7 @@ _SHARE = 10  # background writes take at most one tenth of the time
 _SLICE = 1000  # jobs in one write
 _PATIENCE = 10.0  # seconds for which a storage that is away is tried again
 _FIRST_BACKOFF = 0.05  # seconds; doubles with each try
+_LONGEST_BACKOFF = 5.0  # seconds between tries that nobody waits for
 
 _Subject = TypeVar("_Subject", Job, JobUpdate)
 
@@ -44,6 +45,7 @@ class Recorder:
         self._ended: list[Job] = []  # each once
         self._scheduled = False
         self._last_duration = 0.0
+        self._backoff = 0.0  # of the writes in the background, while the storage is away
         self._patience = _PATIENCE
 
     def note(self, changed: Sequence[Job], ended: Sequence[Job]) -> None:
@@ -55,7 +57,8 @@ class Recorder:
             if self._scheduled or not self._durable or not (self._ended or self._changed):
                 return
             self._scheduled = True
-        self._clock.call_later(max(_INTERVAL, _SHARE * self._last_duration), self._write_in_background)
+        delay = self._backoff or max(_INTERVAL, _SHARE * self._last_duration)
+        self._clock.call_later(delay, self._write_in_background)
 
     def flush(self) -> None:
         """Write what was noted, and return when it is durable.
@@ -85,7 +88,9 @@ class Recorder:
         try:
             self._write()
         except StorageUnavailableError:
-            _log.warning("the storage is not available; results are kept", exc_info=True)
+            if not self._backoff:
+                _log.warning("the storage is not available; results are kept", exc_info=True)
+            self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
             self.note((), ())
 
     def _write(self) -> None:
@@ -112,6 +117,7 @@ class Recorder:
                     self._ended = ended[written:] + self._ended
                 raise
             self._last_duration = time.monotonic() - start
+            self._backoff = 0.0
 
     def _write_some(self, subjects: list[_Subject], write: Callable[[list[_Subject]], None]) -> None:
         if not subjects:
