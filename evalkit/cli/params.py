@@ -18,6 +18,7 @@ __all__ = ["STDIN", "ParameterFile"]
 
 #: What names standard input in place of a file.
 STDIN = "-"
+_STANDARD_INPUT = "standard input"
 _CSV, _JSON_LINES = (".csv",), (".jsonl", ".ndjson")
 _BLOCK = 1 << 16
 _CHECK_BELOW = 32 * 2**20  # bytes; a file of up to this size is read through before anything starts
@@ -43,7 +44,7 @@ class ParameterFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.name = "standard input" if path == STDIN else path
+        self.name = _STANDARD_INPUT if path == STDIN else path
         self._size: int | None = None
         if path != STDIN:
             self._size = _size(path)
@@ -220,11 +221,8 @@ def _from_json_lines(lines: Iterator[Line | None], name: str) -> Iterator[dict[s
             raise ParametersError("this is nested too deeply", file=name, line=number) from None
         except ValueError as exc:
             reason = exc.msg if isinstance(exc, json.JSONDecodeError) else str(exc)
-            raise ParametersError(
-                f'this is not JSON, of which each line has to be an object such as {{"x": 1}}: {reason}',
-                file=name,
-                line=number,
-            ) from None
+            hint = "; CSV is read from files, not from standard input" if (name, number) == (_STANDARD_INPUT, 1) else ""
+            raise ParametersError(f"this is not JSON: {reason}{hint}", file=name, line=number) from None
         if not isinstance(value, dict):
             raise ParametersError(
                 f'each line is a JSON object such as {{"x": 1}}, not {line.strip():.80}', file=name, line=number

@@ -19,10 +19,12 @@ class Terminal:
 
     Args:
         start: called as ``start(*args, **options of Popen)``.
+        columns: its width.
     """
 
-    def __init__(self, start: Callable[..., subprocess.Popen[Any]], *args: str) -> None:
+    def __init__(self, start: Callable[..., subprocess.Popen[Any]], *args: str, columns: int = 120) -> None:
         self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (40, columns))
         self.seen = b""
         try:
             self.process = start(
