@@ -19,7 +19,7 @@ import pytest
 from evalkit import Evaluator, JobState, RunningJob
 from evalkit.engine import recorder
 from evalkit.errors import StorageUnavailableError
-from evalkit.storage import MemoryStorage
+from evalkit.storage import MemoryStorage, Storage
 from evalkit.testing.functions import echo
 
 
@@ -165,6 +165,8 @@ def test_an_outage_is_told_of_once_by_what_nobody_waits_for(
             if len(tries) <= 8:
                 raise StorageUnavailableError("the disk is full")
             super().update_jobs(updates)
+
+        end_jobs = Storage.end_jobs
 
     storage = Away()
     with (

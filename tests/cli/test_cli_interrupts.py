@@ -138,7 +138,7 @@ def test_signals_at_any_instant_lose_nothing(shell, backend):
         file.write("\ndef brief(job):\n    time.sleep(0.02)\n    return square(job)\n")
     chance = random.Random(backend)
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
-    for _ in range(6):
+    for _ in range(4):
         process = shell.start(*command, "--option", "grace=0.5")
         # While Python starts and loads evalkit, signals do what they do to every program.
         shell.wait_for(lambda pid=process.pid: catches(pid, signal.SIGUSR1))

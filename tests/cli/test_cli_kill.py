@@ -34,7 +34,7 @@ def test_killed_at_any_instant_and_resumed_until_done(shell):
     while True:
         process = shell.start(*command, "--output", "o.jsonl")
         ran = len(shell.ran())
-        if kills < 8:
+        if kills < 6:
             # At any instant from its start on, in most rounds while jobs run.
             if kills % 4:
                 shell.wait_for(lambda before=ran, run=process: len(shell.ran()) > before or run.poll() is not None)
@@ -58,7 +58,7 @@ def test_killed_at_any_instant_and_resumed_until_done(shell):
     jobs = shell.exported("s")
     assert Counter(job["parameters"]["x"] for job in jobs) == Counter(range(JOBS))
     assert all(job["state"] == "DONE" and job["objective"] == job["parameters"]["x"] for job in jobs)
-    assert kills >= 6
+    assert kills >= 4
     # All that ran twice is what ran when a kill came.
     assert len(shell.ran()) - JOBS <= kills * WORKERS, Counter(shell.ran())
     # And each has one row.

@@ -8,7 +8,7 @@ from evalkit.cli.interrupts import Interrupts
 from evalkit.cli.runner import Runner, RunOptions
 from evalkit.cli.source import source_of
 from evalkit.errors import StorageUnavailableError
-from evalkit.storage import MemoryStorage
+from evalkit.storage import MemoryStorage, Storage
 
 
 class Fickle(MemoryStorage):
@@ -25,6 +25,8 @@ class Fickle(MemoryStorage):
             self.refusals -= 1
             raise StorageUnavailableError("the disk is full")
         super().update_jobs(updates)
+
+    end_jobs = Storage.end_jobs
 
 
 @pytest.fixture(autouse=True)
