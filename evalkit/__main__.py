@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from evalkit.cli.app import main
+import sys
 
-__all__: list[str] = []
+__all__ = ["main"]
+
+
+def main() -> None:
+    """The entry point of the command line."""
+    try:
+        from evalkit.cli.app import main as start
+    except KeyboardInterrupt:  # while it loads
+        sys.exit(130)
+    start()
+
 
 if __name__ == "__main__":
     main()

@@ -359,9 +359,15 @@ class Evaluator:
         with self._submitting:
             self._budget.maximum = n
 
-    def stop(self, reason: str) -> None:
-        """Take nothing more in, cancel what waits, ask what runs to stop, then end it. ``gather`` returns them all."""
-        self._budget.stop(reason)
+    def stop(self, reason: str, *, running: bool = True) -> None:
+        """Take nothing more in, cancel what waits, ask what runs to stop, then end it. ``gather`` returns them all.
+
+        Args:
+            reason: for the stop message of what is cancelled, and for who submits.
+            running: False lets what runs come to its end, before a deadline for instance; a later ``stop`` or the end
+                of :attr:`timeout` may still end it.
+        """
+        self._budget.stop(reason, running=running)
 
     @property
     def stop_reason(self) -> str | None:

@@ -978,3 +978,28 @@ def test_a_job_that_reports_runs_though_its_start_was_not_told_yet():
         backend.finish(job.id)
         assert evaluator.gather("ALL") == [job]
     assert (job.output, job.records) == (7, [{"step": 1}])
+
+
+@pytest.mark.parametrize("method", ["thread", "process"])
+def test_a_stop_that_lets_what_runs_come_to_its_end(method: str, files: Files) -> None:
+    with Evaluator.create(hold, method, {"num_workers": 1, "retries": RetryPolicy(exception=1)}) as evaluator:
+        running, waiting = evaluator.submit([files.holder("a", x=1), files.holder("b", x=2)])
+        files.wait_started("a")
+        eventually(lambda: running.state is JobState.RUNNING, "the job to run")
+        evaluator.stop("walltime", running=False)
+        with pytest.raises(SearchStoppedError, match="walltime"):
+            evaluator.submit([{}])
+        files.release("a")
+        assert evaluator.gather("ALL") == [running, waiting]
+        assert (running.state, running.output, waiting.state) == (JobState.DONE, 1, JobState.CANCELLED)
+        assert evaluator.stop_reason == "walltime"
+
+
+def test_a_stop_may_let_what_runs_go_on_and_then_not(files: Files) -> None:
+    with Evaluator.create(hold, "process", {"num_workers": 1, "grace": 0.1}) as evaluator:
+        (job,) = evaluator.submit([files.holder("a")])
+        files.wait_started("a")
+        evaluator.stop("near", running=False)
+        evaluator.stop("now")
+        assert evaluator.gather("ALL") == [job]
+        assert (job.state, evaluator.stop_reason) == (JobState.CANCELLED, "near")

@@ -161,17 +161,27 @@ class _Inline(Backend):
                 ran += 1
                 events.append(Started(task.id, time.time(), self._worker))
                 self._emit(events)
-                end = self._run(task, channel)
+                end: Event | None = None
+                if not interrupts.seen:
+                    try:
+                        interrupts.in_job = True
+                        end = self._run(task, channel)
+                        interrupts.in_job = False
+                    except KeyboardInterrupt:  # it came just before the job, or just after it
+                        pass
+                interrupts.in_job = False
                 del self._channels[job_id]
                 channel.close()
-                if interrupts.seen:
+                if end is None or interrupts.broke_in:
                     self._emit([Cancelled(task.id)])
                     raise KeyboardInterrupt
                 events = [end]
-                if time.monotonic() - since > _HOLD:
+                if interrupts.seen or time.monotonic() - since > _HOLD:
                     break
             if events:
                 self._emit(events)
+        if interrupts.seen:
+            raise KeyboardInterrupt
         return ran > 0
 
     def _run(self, task: Task, channel: LocalChannel) -> Event:
@@ -186,27 +196,42 @@ class _Inline(Backend):
 
 
 class _Interrupts:
-    """Tells Ctrl-C from a run function that raises KeyboardInterrupt: the one ends the program, the other the job."""
+    """Tells Ctrl-C from a run function that raises KeyboardInterrupt: the one ends the program, the other the job.
 
-    __slots__ = ("_mine", "seen")
+    What handled Ctrl-C before decides whether it ends anything. If so, it breaks into the job, or else waits until what
+    has happened is told.
+
+    Attributes:
+        seen: whether it came.
+        in_job: whether the job may be broken into.
+        broke_in: whether it was.
+    """
+
+    __slots__ = ("_before", "broke_in", "in_job", "seen")
 
     def __init__(self) -> None:
         self.seen = False
-        self._mine = False
+        self.in_job = False
+        self.broke_in = False
+        self._before: Any = None
 
     def __enter__(self) -> _Interrupts:
-        if (
-            _get_handler(_SIGINT) is signal.default_int_handler
-            and threading.current_thread() is threading.main_thread()
-        ):
-            self._mine = True
-            _set_handler(_SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            before = _get_handler(_SIGINT)
+            if callable(before):
+                self._before = before
+                _set_handler(_SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._mine:
-            _set_handler(_SIGINT, signal.default_int_handler)
+        if self._before is not None:
+            _set_handler(_SIGINT, self._before)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self.seen = True
-        signal.default_int_handler(signum, frame)
+        try:
+            self._before(signum, frame)
+        except KeyboardInterrupt:
+            self.seen = True
+            if self.in_job:
+                self.broke_in = True
+                raise

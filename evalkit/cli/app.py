@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -77,14 +78,21 @@ def _add_commands_of_plugins(app: typer.Typer) -> None:
 
 def main() -> None:
     """The entry point of the command line."""
-    from evalkit.cli.console import FAILED, fail, show_log
+    from evalkit.cli.console import FAILED, INTERRUPTED, fail, show_log
 
+    # A stream that was closed (>&-) goes nowhere, instead of into the next file that happens to be opened.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever is in the parameters, it can be shown
     show_log()
     try:
         create_app()(prog_name="evalkit")
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
+    except SystemExit as exc:
+        _leave(exc.code if isinstance(exc.code, int) else 0 if exc.code is None else FAILED)
     except BrokenPipeError:
         raise  # who read it has had enough, which the interpreter knows how to end with
     except OSError as exc:
@@ -92,5 +100,18 @@ def main() -> None:
         os._exit(FAILED)  # without another try to write what is left
 
 
-if __name__ == "__main__":
-    main()
+def _leave(code: int) -> NoReturn:
+    """Exit with this code, whatever comes while the interpreter ends."""
+    from evalkit.cli.console import discard
+    from evalkit.cli.interrupts import SYSTEM
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+    for number in SYSTEM:
+        signal.signal(number, signal.SIG_IGN)  # it is about to end, and its exit code is worth more than to end sooner
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            discard(stream)
+    sys.exit(code)

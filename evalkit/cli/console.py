@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 import typer
 from rich.console import Console
@@ -13,24 +17,96 @@ from rich.text import Text
 
 from evalkit.errors import EvalkitError, TargetError
 
-__all__ = ["FAILED", "INTERRUPTED", "USAGE", "err", "fail", "out", "print_table", "reported", "show_log", "warn"]
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "RESUME",
+    "USAGE",
+    "discard",
+    "err",
+    "fail",
+    "out",
+    "print_table",
+    "reported",
+    "show_log",
+    "unread_is_fine",
+    "warn",
+]
 
 #: Exit codes, beside 0: every job is done.
 FAILED = 1
 USAGE = 2
+#: EX_TEMPFAIL of sysexits.h: ended in good order before it was done; the same with --resume goes on.
+RESUME = 75
 INTERRUPTED = 130
+
+
+class _Results(Console):
+    """Standard output; that its reader is gone is raised like all that keeps it from being written."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # what is being handled, instead of exiting
+
+
+class _Messages(Console):
+    """Standard error, as far as anybody reads it: a message that cannot be written ends nothing."""
+
+    @property
+    def file(self) -> IO[str]:
+        return _BestEffort(super().file)  # type: ignore[return-value]  # it does what the other does
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        raise AttributeError("messages go to standard error")
+
+
+class _BestEffort:
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
 
 
 @functools.cache
 def out() -> Console:
     """Standard output, for what was asked for."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Results(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @functools.cache
 def err() -> Console:
     """Standard error, for all the rest: one console, so that messages do not overwrite a live display."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Messages(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+@contextmanager
+def unread_is_fine() -> Iterator[None]:
+    """Print what nobody has to read: that its reader is gone (``| head``, a terminal that was closed) is no failure."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as exc:
+        if exc.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        discard(sys.stdout)
+
+
+def discard(stream: IO[str]) -> None:
+    """Let what is left in this stream, and all that follows, go nowhere; the interpreter flushes it at its end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def warn(message: str) -> None:
@@ -76,20 +152,33 @@ def _is_about_input(exc: BaseException) -> bool:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows for people on a terminal; separated by tabs elsewhere, for programs."""
+    """Rows for people on a terminal; separated by tabs elsewhere, for programs.
+
+    On a terminal, counts that are 0 everywhere are left out, and rows that are too wide for it become a paragraph each.
+    """
     console = out()
     if not console.is_terminal:
         for row in (columns, *rows):
             typer.echo("\t".join(" ".join(cell.split()) for cell in row))  # rich would expand the tabs
         return
+    from rich.measure import Measurement
     from rich.table import Table
 
+    kept = [place for place in range(len(columns)) if not rows or any(row[place] != "0" for row in rows)]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for place in kept:
+        table.add_column(columns[place], no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+        table.add_row(*(Text(row[place]) for place in kept))
+    if Measurement.get(console, console.options.update(max_width=1_000_000), table).maximum <= console.width:
+        console.print(table)
+        return
+    label = max(len(columns[place]) for place in kept) + 2
+    for row in rows:
+        for place in kept:
+            if row[place] not in ("", "0"):
+                console.print(Text.assemble((f"{columns[place]:<{label}}", "bold"), row[place]))
+        console.print()
 
 
 def show_log() -> None:

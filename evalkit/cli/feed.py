@@ -14,6 +14,7 @@ __all__ = ["Feed"]
 
 _WINDOW = 4096  # jobs that are out at most; more for many workers
 _CHUNK = 1024  # jobs a submit; an evaluator takes so many whole or not at all
+_TURN = 0.05  # seconds; what is submitted while the search ends is waited for so long at a time
 
 
 class Feed:
@@ -66,7 +67,10 @@ class Feed:
         with self._changed:
             # It may be below 0 for a moment: jobs can be gathered before the submit that made them has returned.
             while self._out <= 0 and not self._ended:
-                self._changed.wait()
+                over = self._stopped or self._evaluator.stop_reason is not None
+                if over and self._reading:
+                    break  # whatever comes from the source, it comes too late
+                self._changed.wait(_TURN if over else min(self._evaluator.time_left, threading.TIMEOUT_MAX))
             return self._out > 0
 
     def gathered(self, count: int) -> None:

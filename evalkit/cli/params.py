@@ -18,10 +18,13 @@ __all__ = ["STDIN", "ParameterFile"]
 
 #: What names standard input in place of a file.
 STDIN = "-"
+_STANDARD_INPUT = "standard input"
 _CSV, _JSON_LINES = (".csv",), (".jsonl", ".ndjson")
 _BLOCK = 1 << 16
 _CHECK_BELOW = 32 * 2**20  # bytes; a file of up to this size is read through before anything starts
 _BOM = b"\xef\xbb\xbf"
+
+Line = tuple[int, str]  # and its number, from 1
 
 
 class ParameterFile:
@@ -41,7 +44,7 @@ class ParameterFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.name = "standard input" if path == STDIN else path
+        self.name = _STANDARD_INPUT if path == STDIN else path
         self._size: int | None = None
         if path != STDIN:
             self._size = _size(path)
@@ -86,7 +89,7 @@ class ParameterFile:
                 count += block.count(b"\n")
         return max(1, count - self._is_csv)
 
-    def _lines(self) -> Iterator[str | None]:
+    def _lines(self) -> Iterator[Line | None]:
         if self._size is None:
             return _decoded(self._blocks(), self.name)
         return _decoded(self._whole(), self.name)
@@ -146,7 +149,7 @@ def _opened(path: str) -> Any:
         raise ParametersError(f"it cannot be read: {exc.strerror or exc}", file=path) from exc
 
 
-def _decoded(lines: Iterable[bytes | None], name: str) -> Iterator[str | None]:
+def _decoded(lines: Iterable[bytes | None], name: str) -> Iterator[Line | None]:
     number = 0
     for line in lines:
         if line is None:
@@ -158,7 +161,7 @@ def _decoded(lines: Iterable[bytes | None], name: str) -> Iterator[str | None]:
         if b"\0" in line:
             raise ParametersError("there is a NUL byte; is this a text file?", file=name, line=number)
         try:
-            yield line.decode()
+            yield number, line.decode()
         except UnicodeDecodeError as exc:
             byte = line[exc.start]
             raise ParametersError(
@@ -166,9 +169,9 @@ def _decoded(lines: Iterable[bytes | None], name: str) -> Iterator[str | None]:
             ) from None
 
 
-def _from_csv(lines: Iterator[str | None], name: str) -> Iterator[dict[str, Any] | None]:
+def _from_csv(lines: Iterator[Line | None], name: str) -> Iterator[dict[str, Any] | None]:
     csv.field_size_limit(sys.maxsize)  # a cell of more than 128 KiB is no error
-    reader = csv.reader((line for line in lines if line is not None), strict=True)
+    reader = csv.reader((line[1] for line in lines if line is not None), strict=True)
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1
@@ -204,13 +207,12 @@ def _header(row: list[str], name: str, line: int) -> list[str]:
     return header
 
 
-def _from_json_lines(lines: Iterator[str | None], name: str) -> Iterator[dict[str, Any] | None]:
-    number = 0
-    for line in lines:
-        if line is None:
+def _from_json_lines(lines: Iterator[Line | None], name: str) -> Iterator[dict[str, Any] | None]:
+    for numbered in lines:
+        if numbered is None:
             yield None
             continue
-        number += 1
+        number, line = numbered
         if line.isspace():
             continue
         try:
@@ -219,7 +221,8 @@ def _from_json_lines(lines: Iterator[str | None], name: str) -> Iterator[dict[st
             raise ParametersError("this is nested too deeply", file=name, line=number) from None
         except ValueError as exc:
             reason = exc.msg if isinstance(exc, json.JSONDecodeError) else str(exc)
-            raise ParametersError(f"this is not JSON: {reason}", file=name, line=number) from None
+            hint = "; CSV is read from files, not from standard input" if (name, number) == (_STANDARD_INPUT, 1) else ""
+            raise ParametersError(f"this is not JSON: {reason}{hint}", file=name, line=number) from None
         if not isinstance(value, dict):
             raise ParametersError(
                 f'each line is a JSON object such as {{"x": 1}}, not {line.strip():.80}', file=name, line=number

@@ -6,16 +6,21 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import closing
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evalkit.cli.console import reported, show_log
 
+if TYPE_CHECKING:
+    from evalkit.cli.interrupts import Interrupts
+
 __all__ = ["DEFAULT_STORAGE", "run"]
 
 #: In the current folder: a result is durable unless the user says ``null://``.
 DEFAULT_STORAGE = "sqlite:///evalkit.db"
+
+_GRACE = 2.0  # seconds; the default of Evaluator
 
 #: Options of the backend that have a flag of their own: name -> flag.
 _FLAGS = {
@@ -80,6 +85,21 @@ def run(
         float | None,
         typer.Option(metavar="SECONDS", help="Time for the whole run; what is not done by then is cancelled."),
     ] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHEN",
+            help="When all has to be over: 17:30, 2026-05-01T17:30, +1h30m, slurm or none. Default: the end of the "
+            "Slurm job that this runs in.",
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long before the deadline nothing is started any more: about as long as a job takes.",
+        ),
+    ] = None,
     storage: Annotated[
         str, typer.Option(metavar="URL", help="Where results are kept; null:// keeps nothing.")
     ] = DEFAULT_STORAGE,
@@ -116,11 +136,15 @@ def run(
 
     What ended is done, failed or not; what was cancelled, or was waiting or running when a run was killed, is not.
 
-    Exit codes: 0 all is done; 1 something failed or was not run; 2 bad usage; 130 after Ctrl-C, 143 after SIGTERM.
+    Exit codes: 0 all is done; 1 something failed or was not run; 2 bad usage; 75 ended before it was done by the
+    deadline, SIGTERM, SIGUSR1 or SIGHUP, so that the same with --resume goes on; 130 after Ctrl-C.
     """
-    with reported():
+    from evalkit.cli.interrupts import Interrupts
+
+    with reported(), Interrupts() as interrupts:
         show_log()
         code = _run(
+            interrupts,
             target,
             kwargs,
             (params, grid or [], random, space or [], seed),
@@ -137,6 +161,7 @@ def run(
                 "seed": seed,
                 "output": output,
                 "timeout": timeout,
+                "deadline": (deadline, margin),
                 "minimize": minimize,
                 "verbose": verbose,
                 "quiet": quiet,
@@ -146,6 +171,7 @@ def run(
 
 
 def _run(
+    interrupts: Interrupts,
     target: str,
     kwargs: bool,
     supply: tuple[str | None, list[str], int | None, list[str], int | None],
@@ -157,13 +183,16 @@ def _run(
     rest: dict[str, Any],
 ) -> int:
     # Here and not above, so that --help has nothing to load.
+    from evalkit.cli.deadline import deadline_of
     from evalkit.cli.output import check_output
     from evalkit.cli.runner import Runner, RunOptions
     from evalkit.cli.source import source_of
+    from evalkit.engine.arguments import check_seconds
     from evalkit.errors import ParametersError
     from evalkit.plugins import plugins
 
-    for name, seconds in (("--timeout", rest["timeout"]), ("--job-timeout", job_timeout)):
+    limits = (("--timeout", rest["timeout"]), ("--job-timeout", job_timeout), ("--margin", rest["deadline"][1]))
+    for name, seconds in limits:
         if seconds is not None and not (seconds > 0 and math.isfinite(seconds)):
             raise ParametersError(f"{name} takes a positive number of seconds, not {seconds:g}")
     if rest["retry_failed"] and not rest["resume"]:
@@ -174,6 +203,10 @@ def _run(
     method_kwargs["retries"] = retries
     method_kwargs["num_workers"] = _workers(workers, rest["backend"])
     plugins().backend_class(rest["backend"])
+    grace = method_kwargs.get("grace", _GRACE)
+    check_seconds("grace", grace, zero=True)
+    when, margin = rest["deadline"]
+    rest["deadline"] = deadline_of(when, margin, grace)
     if rest["output"] is not None:
         check_output(rest["output"])
     source = source_of(*supply)
@@ -182,7 +215,7 @@ def _run(
     function = _function(target, kwargs)
     with closing(plugins().open_storage(storage)) as opened:
         run_options = RunOptions(target=target, method_kwargs=method_kwargs, **rest)
-        return Runner(run_options, function, source, opened).run()
+        return Runner(run_options, function, source, opened).run(interrupts)
 
 
 def _function(target: str, kwargs: bool) -> Callable[..., Any]:

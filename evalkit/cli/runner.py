@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from evalkit.callbacks import Callback
-from evalkit.cli.console import FAILED, USAGE, err, fail, warn
+from evalkit.cli.console import FAILED, RESUME, USAGE, err, fail, unread_is_fine, warn
+from evalkit.cli.deadline import Deadline
 from evalkit.cli.display import display_for
 from evalkit.cli.feed import Feed
 from evalkit.cli.interrupts import Interrupts
@@ -20,12 +22,14 @@ from evalkit.cli.session import Backlog, RunInfo, check_seed, find_search, hint_
 from evalkit.cli.source import Source, new_seed
 from evalkit.cli.summary import print_summary
 from evalkit.cli.watch import Watch
+from evalkit.engine.clock import Clock
 from evalkit.errors import EvalkitError, ParametersError, SearchExistsError, StorageError, StorageUnavailableError
 from evalkit.evaluator import Evaluator
 from evalkit.storage.base import SearchRecord, Storage
 
 __all__ = ["RunOptions", "Runner"]
 
+_STOP_PATIENCE = 10.0  # seconds in which a signal is noted, and the evaluator asked to stop
 _PATIENCE = 120.0  # seconds for which a storage that is away is waited for
 
 
@@ -36,6 +40,7 @@ class RunOptions:
     Attributes:
         method_kwargs: for ``Evaluator.create``, storage, search and callbacks aside.
         timeout: of the whole run, in seconds.
+        deadline: at which the process may be killed.
     """
 
     target: str
@@ -47,6 +52,7 @@ class RunOptions:
     seed: int | None = None
     output: str | None = None
     timeout: float | None = None
+    deadline: Deadline | None = None
     minimize: bool = False
     verbose: bool = False
     quiet: bool = False
@@ -73,20 +79,13 @@ class Runner:
         self._created = False
         self._take_all = False
 
-    def run(self) -> int:
+    def run(self, interrupts: Interrupts) -> int:
         """Do it, and return the exit code.
 
         Raises:
             EvalkitError, ValueError, TypeError: before anything runs: the options do not fit together.
         """
-        with Interrupts() as interrupts:
-            try:
-                return self._run(interrupts)
-            except KeyboardInterrupt:
-                fail("interrupted before anything ran")
-                return interrupts.exit_code
-
-    def _run(self, interrupts: Interrupts) -> int:
+        interrupts.note()
         search_id, info = self._open_search()
         try:
             writer = Callback() if self._options.output is None else writer_for(self._options.output)
@@ -99,7 +98,7 @@ class Runner:
                 self._storage.delete_search(search_id)
             raise
         if not evaluator.is_master:
-            evaluator.close()  # this process serves another one, until that one is done
+            evaluator.close()  # this process serves another one, which decides what ends when
             return 0
         return self._drive(evaluator, info, output, interrupts)
 
@@ -222,41 +221,73 @@ class Runner:
             f"search {evaluator.search_id!r} in {self._storage.url}: {source.label}{seed}, on {self._options.backend} "
             f"with {evaluator.num_workers} worker{'s' if evaluator.num_workers > 1 else ''}"
         )
+        if self._options.deadline is not None:
+            self._say(f"deadline {self._options.deadline} ({self._options.deadline.why})")
         started = time.monotonic()
         trouble: BaseException | None = None
-        try:
-            with display_for(self._watch, total, lambda: evaluator.time_left, err(), quiet=self._options.quiet):
-                feed.start()
-                self._gather(evaluator, feed)
-                trouble = feed.error
-        except KeyboardInterrupt as exc:
-            interrupts.end_at_once_next()
-            self._say("stopping: what runs gets its grace; once more ends it at once")
-            trouble = exc
-        except StorageError as exc:
-            trouble = exc
-        reason = evaluator.stop_reason
-        trouble = self._close(evaluator, feed, trouble)
-        if isinstance(trouble, StorageError):
-            fail(str(trouble))
-            rescue(evaluator.search_id, output.waiting)
-        info.exhausted = info.exhausted or feed.exhausted
-        try:
-            info.end(self._storage, evaluator.search_id)
-        except StorageError as exc:
-            trouble = trouble or exc
-        return self._conclude(evaluator.search_id, feed, trouble, reason, time.monotonic() - started, interrupts)
 
-    def _gather(self, evaluator: Evaluator, feed: Feed) -> None:
+        def stop() -> None:
+            self._say(f"{interrupts.name}: what runs gets its grace; once more ends it at once")
+            feed.stop()
+            evaluator.stop(interrupts.name)
+
+        interrupts.call(stop)
+        with closing(Clock("evalkit-deadline")) as clock:
+            try:
+                with display_for(
+                    self._watch, total, lambda: self._time_left(evaluator), err(), quiet=self._options.quiet
+                ):
+                    self._keep_deadline(evaluator, feed, clock)
+                    feed.start()
+                    self._gather(evaluator, feed, interrupts)
+                    trouble = feed.error
+            except StorageError as exc:
+                trouble = exc
+            reason = evaluator.stop_reason
+            trouble = self._close(evaluator, feed, trouble)
+            if isinstance(trouble, StorageError):
+                fail(str(trouble))
+                rescue(evaluator.search_id, output.waiting)
+            info.exhausted = info.exhausted or feed.exhausted
+            try:
+                info.end(self._storage, evaluator.search_id)
+            except StorageError as exc:
+                trouble = trouble or exc
+            return self._conclude(evaluator.search_id, feed, trouble, reason, time.monotonic() - started, interrupts)
+
+    def _time_left(self, evaluator: Evaluator) -> float:
+        deadline = self._options.deadline
+        return evaluator.time_left if deadline is None else min(evaluator.time_left, deadline.until_stop)
+
+    def _keep_deadline(self, evaluator: Evaluator, feed: Feed, clock: Clock) -> None:
+        deadline = self._options.deadline
+        if deadline is None:
+            return
+        reason = f"the deadline {deadline}"
+
+        def start_nothing() -> None:
+            self._say(f"{reason} is near: nothing more is started, and what runs has {deadline.until_stop:.0f} s left")
+            feed.stop()
+            evaluator.stop(f"{reason} was near", running=False)
+
+        clock.call_later(deadline.until_last_start, start_nothing)
+        clock.call_later(deadline.until_stop, evaluator.stop, f"{reason} has come")
+
+    def _gather(self, evaluator: Evaluator, feed: Feed, interrupts: Interrupts) -> None:
         """Gather until nothing is out and nothing comes any more."""
         away_since: float | None = None
         while feed.wait_for_work():
             try:
                 jobs = evaluator.gather("BATCH", 1)
+            except KeyboardInterrupt:
+                # It has ended the job that ran in this thread. Nothing starts after it.
+                if not interrupts.stopped.wait(_STOP_PATIENCE):
+                    raise
+                continue
             except StorageUnavailableError:
                 now = time.monotonic()
                 away_since = away_since or now
-                if now - away_since > _PATIENCE:
+                if now - away_since > _PATIENCE or evaluator.stop_reason is not None:
                     raise
                 warn("the storage is not available: results are kept in memory, and written when it is back")
                 continue
@@ -270,11 +301,11 @@ class Runner:
         try:
             feed.stop()
             if trouble is not None:
-                evaluator.stop("interrupted" if isinstance(trouble, KeyboardInterrupt) else "the run cannot go on")
+                evaluator.stop("the run cannot go on")
             feed.join(5.0)
             evaluator.close()
         except StorageError as exc:
-            return trouble if isinstance(trouble, KeyboardInterrupt) else exc
+            return exc
         return trouble
 
     # -- after ------------------------------------------------------------------------------------------------------
@@ -288,18 +319,25 @@ class Runner:
         seconds: float,
         interrupts: Interrupts,
     ) -> int:
+        if self._created and feed.taken == 0 and isinstance(trouble, ParametersError):
+            self._storage.delete_search(search_id)  # nothing is in it, and nothing will be
+            raise trouble
         tally = self._watch.tally
         if not self._options.quiet:
-            print_summary(self._watch, search_id, self._storage, feed.skipped, seconds)
+            with unread_is_fine():
+                print_summary(self._watch, search_id, self._storage, feed.skipped, seconds)
         unfinished = trouble is not None or reason is not None or tally.cancelled > 0 or not feed.exhausted
         if reason is not None and trouble is None:
             warn(f"not every configuration was run: {reason}")
         code = FAILED if tally.failures or unfinished else 0
+        if unfinished and trouble is None:
+            if interrupts.number is not None:
+                code = interrupts.exit_code
+            elif self._options.deadline is not None and self._options.deadline.until_last_start <= 0:
+                code = RESUME
         if isinstance(trouble, ParametersError):
             fail(f"{trouble}; the {feed.taken + feed.skipped:,} configurations before it were run")
             code = USAGE
-        elif isinstance(trouble, KeyboardInterrupt):
-            code = interrupts.exit_code
         elif isinstance(trouble, Exception) and not isinstance(trouble, EvalkitError):
             raise trouble
         if unfinished and self._storage.durable:

@@ -26,6 +26,7 @@ class Budget:
         self._timers = timers
         self._ending = threading.Lock()
         self._stop_reason: str | None = None
+        self._stops_running = False
         self._timeout: float | None = None
         self._deadline: float | None = None
         self.maximum: int | None = None
@@ -73,13 +74,18 @@ class Budget:
             return f"the timeout of {self._timeout:g} s has passed"
         return self._stop_reason
 
-    def stop(self, reason: str) -> None:
-        """End the search for good; the first reason counts."""
+    def stop(self, reason: str, *, running: bool) -> None:
+        """End the search for good; the first reason counts.
+
+        Args:
+            running: whether what runs is asked to stop as well; once it was, it stays so.
+        """
         with self._ending:
-            if self._stop_reason is not None:
+            if self._stop_reason is not None and (self._stops_running or not running):
                 return
-            self._stop_reason = reason
-        self._scheduler.close_intake(reason)
+            self._stop_reason = self._stop_reason or reason
+            self._stops_running = running
+        self._scheduler.close_intake(reason, running=running)
 
     def close(self) -> None:
         """From now on nothing is taken in, whatever else is set."""

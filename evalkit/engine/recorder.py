@@ -23,6 +23,7 @@ _SHARE = 10  # background writes take at most one tenth of the time
 _SLICE = 1000  # jobs in one write
 _PATIENCE = 10.0  # seconds for which a storage that is away is tried again
 _FIRST_BACKOFF = 0.05  # seconds; doubles with each try
+_LONGEST_BACKOFF = 5.0  # seconds between tries that nobody waits for
 
 
 def _nothing() -> None:
@@ -58,6 +59,7 @@ class Recorder:
         self._being_written = 0  # of those that have ended
         self._scheduled: float | None = None  # when, on the monotonic clock
         self._last_duration = 0.0
+        self._backoff = 0.0  # of the writes in the background, while the storage is away
         self._patience = _PATIENCE
 
     @property
@@ -77,8 +79,8 @@ class Recorder:
             self._ended += ended
             if not self.durable or not (self._ended or self._changed):
                 return
-            least = _INTERVAL if self.away or not self._ended else _SOON
-            delay = 0.0 if at_once and least == _SOON else max(least, _SHARE * self._last_duration)
+            least = _INTERVAL if not self._ended else _SOON
+            delay = self._backoff or (0.0 if at_once and self._ended else max(least, _SHARE * self._last_duration))
             due = time.monotonic() + delay
             if self._scheduled is not None and self._scheduled <= due:
                 return
@@ -118,7 +120,9 @@ class Recorder:
         try:
             self._write()
         except StorageUnavailableError:
-            _log.warning("the storage is not available; results are kept", exc_info=True)
+            if not self._backoff:
+                _log.warning("the storage is not available; results are kept", exc_info=True)
+            self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
             self.note((), ())
 
     def _write(self) -> None:
@@ -150,6 +154,7 @@ class Recorder:
             self.away = False
             self._being_written = 0
             self._last_duration = time.monotonic() - start
+            self._backoff = 0.0
 
     def _write_some(self, subjects: list[_Subject], write: Callable[[list[_Subject]], None]) -> None:
         if not subjects:

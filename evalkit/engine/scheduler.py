@@ -131,12 +131,16 @@ class Scheduler:
             self._notifier.drain()
         self.pump()
 
-    def close_intake(self, reason: str) -> list[Job]:
-        """Take nothing in from now on, and cancel every job that is out; return those that had not ended."""
+    def close_intake(self, reason: str, *, running: bool = True) -> list[Job]:
+        """Take nothing in from now on, and cancel every job that is out; return those that had not ended.
+
+        Args:
+            running: False leaves what runs alone; nothing starts any more, no other attempt either.
+        """
         with self._lock:
             if self._closed_because is None:
                 self._closed_because = reason
-            jobs = list(self._out.values())
+            jobs = [job for job in self._out.values() if running or job.state is JobState.QUEUED]
         # The last first: none of them may start because those before it went.
         for job in reversed(jobs):
             self._cancel(job, reason)
@@ -409,6 +413,9 @@ class Scheduler:
         # The machine's fault, not the job's: it goes first, and none of its own retries is used up.
         if job.state is JobState.RUNNING:
             job.retry()
+        if self._closed_because is not None:
+            self._cancel_attempt(turn, job)
+            return
         turn.changed.append(job)
         self._pending.appendleft(job)
 
@@ -464,12 +471,20 @@ class Scheduler:
         self._failures[job.id] = [*failures, cause]
         self._dooms.pop(job.id, None)
         job.retry()
+        if self._closed_because is not None:
+            self._cancel_attempt(turn, job)
+            return True
         turn.changed.append(job)
         if self._retries.backoff:
             self._timers.call_later(self._retries.backoff * 2.0 ** len(failures), self._requeue, job)
         else:
             self._pending.append(job)
         return True
+
+    def _cancel_attempt(self, turn: _Turn, job: Job) -> None:
+        """It would be run again, but nothing starts any more."""
+        job.move(JobState.CANCELLING, self._closed_because or "")
+        self._end(turn, job, JobState.CANCELLED)
 
     def _requeue(self, job: Job) -> None:
         with self._lock:

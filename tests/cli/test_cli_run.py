@@ -153,3 +153,10 @@ def test_bad_usage_is_told_and_leaves_no_search(invoke, args, message):
     assert message in result.stderr
     listed = invoke("ls")
     assert len(listed.stdout.splitlines()) <= 1
+
+
+def test_csv_on_standard_input_is_refused_and_leaves_no_search(shell):
+    done = shell("run", "work.py:square", "--params", "-", "-w", "1", stdin="x,y\n1,2\n", code=2)
+    assert "standard input, line 1: this is not JSON" in done.stderr
+    assert "to resume" not in done.stderr
+    assert len(shell("ls").stdout.splitlines()) == 1

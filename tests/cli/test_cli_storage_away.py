@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from evalkit.cli.interrupts import Interrupts
 from evalkit.cli.runner import Runner, RunOptions
 from evalkit.cli.source import source_of
 from evalkit.errors import StorageUnavailableError
-from evalkit.storage import MemoryStorage
+from evalkit.storage import MemoryStorage, Storage
 
 
 class Fickle(MemoryStorage):
@@ -25,6 +26,8 @@ class Fickle(MemoryStorage):
             raise StorageUnavailableError("the disk is full")
         super().update_jobs(updates)
 
+    end_jobs = Storage.end_jobs
+
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch, tmp_path):
@@ -35,7 +38,10 @@ def impatient(monkeypatch, tmp_path):
 def test_a_storage_that_comes_back_has_everything(capsys):
     storage = Fickle(refusals=6)
     options = RunOptions("t", "serial", search="s")
-    assert Runner(options, lambda job: job["x"], source_of(None, ["x=1,2,3"], None, [], None), storage).run() == 0
+    assert (
+        Runner(options, lambda job: job["x"], source_of(None, ["x=1,2,3"], None, [], None), storage).run(Interrupts())
+        == 0
+    )
     assert [record.output for record in storage.load_jobs("s")] == [1, 2, 3]
     err = capsys.readouterr().err
     assert "results are kept in memory" in err
@@ -46,7 +52,7 @@ def test_results_that_the_storage_does_not_take_are_in_a_file(capsys, monkeypatc
     monkeypatch.setattr("evalkit.cli.runner._PATIENCE", 0.3)
     options = RunOptions("t", "serial", search="s", output="o.csv")
     source = source_of(None, ["x=1,2,3"], None, [], None)
-    assert Runner(options, lambda job: job["x"], source, Fickle(refusals=float("inf"))).run() == 1
+    assert Runner(options, lambda job: job["x"], source, Fickle(refusals=float("inf"))).run(Interrupts()) == 1
     (rescued,) = tmp_path.glob("evalkit-unsaved-s-*.jsonl")
     jobs = [json.loads(line) for line in rescued.read_text().splitlines()]
     err = capsys.readouterr().err

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
+
+import pytest
+from terminal import Terminal
 
 
 def test_a_terminal_has_a_live_display(shell):
@@ -32,3 +36,19 @@ def test_a_terminal_has_a_live_display(shell):
     assert process.wait(30) == 0
     assert b"25  job 0.1  x=5" in seen
     assert seen.count(b"\x1b[?25l") == seen.count(b"\x1b[?25h")  # the cursor is shown again
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_searches_can_be_read_on_a_terminal_of_any_width(shell, columns):
+    shell("run", "work.py:square", "--grid", "x=1,2", "-b", "serial", "--search", "a-search-with-a-name")
+    terminal = Terminal(shell.start, "ls", columns=columns)
+    try:
+        shell.wait_for(terminal.over)
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.close()
+    lines = re.sub(rb"\x1b\[[0-9;]*m", b"", terminal.seen).decode().splitlines()
+    assert all(len(line) <= columns for line in lines)
+    shown = " ".join(lines).split()
+    assert {"a-search-with-a-name", "work.py:square", "jobs", "done", "2"} <= set(shown)
+    assert "failed" not in shown  # none has

@@ -1,0 +1,142 @@
+"""Ctrl-C and other ends of a program that uses an Evaluator: real processes, wherever they are at that moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evalkit.states import TERMINAL_STATES, JobState
+from evalkit.storage import SQLStorage
+
+#: Job 1 ends, and jobs 2 and 3 run until they are asked to stop. The program says when it is at the place to break it.
+PROGRAM = """
+import os, sys, time
+from evalkit import Callback, Evaluator
+
+backend, place, grace = sys.argv[1], sys.argv[2], float(sys.argv[3])
+
+def here():
+    print("here", flush=True)
+
+def run(job):
+    with open("pids", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    while job["x"] > 1 and (grace > 10 or not job.stopped()):
+        time.sleep(0.01)
+    return job["x"]
+
+def endless():
+    yield {"x": 2}
+    here()
+    while True:
+        time.sleep(0.01)
+
+class Slow(Callback):
+    def on_done(self, job):
+        if place == "callback" and job.args["x"] == 1:
+            here()
+            time.sleep(1.0)
+
+options = {"num_workers": 2, "storage": "sqlite:///study.db", "callbacks": [Slow()], "grace": grace}
+with Evaluator.create(run, backend, options) as evaluator:
+    evaluator.submit([{"x": 1}])
+    print("gathered", [job.id for job in evaluator.gather("ALL")], flush=True)
+    if place == "submit":
+        evaluator.submit(endless())
+    evaluator.submit([{"x": 2}, {"x": 3}])
+    if place == "gather":
+        here()
+        evaluator.gather("BATCH")
+    if place == "close":
+        time.sleep(0.5)  # so that they run
+        here()
+"""
+
+
+class Program:
+    """The program in a folder of its own, as a process of its own."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self.folder = folder
+        (folder / "program.py").write_text(PROGRAM)
+        command = [sys.executable, "-W", "error", "program.py", *args]
+        path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=os.environ | path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line == "here\n":
+                return
+        pytest.fail(f"it did not get there: {self.process.communicate()[1]}")
+
+    def end(self) -> str:
+        """What it wrote to standard error by its end, which comes soon, and leaves no process."""
+        children = self.pids()
+        _, err = self.process.communicate(timeout=20)
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), 5.0)
+        return err
+
+    def pids(self) -> set[int]:
+        found = {int(line) for line in (self.folder / "pids").read_text().split()}
+        with contextlib.suppress(psutil.Error):
+            found |= {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
+        return found
+
+    def states(self) -> list[JobState]:
+        with contextlib.closing(SQLStorage(f"sqlite:///{self.folder}/study.db")) as storage:
+            return [record.state for record in storage.load_jobs(storage.list_searches()[0])]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("backend", ["process", "thread", "serial"])
+@pytest.mark.parametrize("place", ["gather", "submit", "callback", "close"])
+def test_ctrl_c(tmp_path: Path, backend: str, place: str) -> None:
+    program = Program(tmp_path, backend, place, "0.5")
+    program.process.send_signal(signal.SIGINT)
+    err = program.end()
+    # As any Python program: one traceback, of the user's own line; nothing from how the interpreter ends.
+    assert program.process.returncode == -signal.SIGINT
+    assert err.rstrip().endswith("KeyboardInterrupt"), err
+    assert err.count("Traceback") == 1, err
+    assert "ignored" not in err, err
+    states = program.states()
+    assert states[0] is JobState.DONE
+    assert set(states) <= TERMINAL_STATES, states
+
+
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_ctrl_c_twice_does_not_wait_for_the_grace(tmp_path: Path, backend: str) -> None:
+    program = Program(tmp_path, backend, "gather", "100")
+    program.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # it closes by now; if not, that is as good
+    assert program.process.poll() is None
+    program.process.send_signal(signal.SIGINT)
+    err = program.end()
+    assert "ignored" not in err, err
+    assert program.states()[0] is JobState.DONE
+
+
+@pytest.mark.parametrize("backend", ["process", "thread", "serial"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_program_leaves_no_process(tmp_path: Path, backend: str, number: signal.Signals) -> None:
+    program = Program(tmp_path, backend, "gather", "100")
+    program.process.send_signal(number)
+    assert program.end() == ""
+    assert program.process.returncode == -number
+    assert program.states()[0] is JobState.DONE
