@@ -1,0 +1,64 @@
+"""The nodes of the Ray that this program is connected to: what fits on them, and which have gone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from evalkit.errors import BackendError
+
+__all__ = ["NodeWatch", "check_demand"]
+
+_NEWS = 1.0  # seconds until the news of the end of a node is out
+_POLL = 0.1  # seconds
+
+
+def check_demand(demand: Mapping[str, float]) -> int:
+    """How many tasks that take this much each have room at once.
+
+    Raises:
+        BackendError: not even one has, on any node.
+    """
+    wanted = {name: amount for name, amount in demand.items() if amount}
+    nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = 0
+    for node in nodes:
+        fits = [int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()]
+        room += min(fits, default=2**31)
+    if room:
+        return room
+    lacking = {name: amount for name, amount in wanted.items() if all(node.get(name, 0.0) < amount for node in nodes)}
+    most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted}
+    raise BackendError(
+        f"no node of Ray has what one job takes, {_said(wanted)}: the most that one of {len(nodes)} nodes has is "
+        f"{_said({name: most[name] for name in lacking or most})}; ask for less per task, or give the cluster more"
+    )
+
+
+def _said(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}: {amount:g}" for name, amount in amounts.items())
+
+
+class NodeWatch:
+    """Tells a worker that died from a node that died with its workers."""
+
+    def __init__(self) -> None:
+        self._alive = _alive()
+
+    def one_has_gone(self) -> bool:
+        """Whether a node has gone since this was last asked. Waits a moment for the news of it."""
+        deadline = time.monotonic() + _NEWS
+        while True:
+            alive = _alive()
+            gone = self._alive - alive
+            if gone or time.monotonic() > deadline:
+                self._alive = alive
+                return bool(gone)
+            time.sleep(_POLL)
+
+
+def _alive() -> set[Any]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
