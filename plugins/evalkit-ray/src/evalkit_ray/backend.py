@@ -25,7 +25,7 @@ from evalkit import ErrorInfo, JobCause
 from evalkit.backends import Capabilities, Emit, ExecutorBackend, Fault, Reach, RunFunction, SideChannel
 from evalkit_ray.channel import RayChannel
 from evalkit_ray.executor import RayExecutor
-from evalkit_ray.nodes import NodeWatch, check_demand
+from evalkit_ray.nodes import check_demand
 from evalkit_ray.session import Session, SessionSettings, join
 
 __all__ = ["RayBackend"]
@@ -113,7 +113,6 @@ class RayBackend(ExecutorBackend):
         self._demand = {"CPU": num_cpus_per_task, "GPU": num_gpus_per_task, **(resources_per_task or {})}
         self._resources = dict(resources_per_task or {})
         self._session: Session | None = None
-        self._nodes: NodeWatch | None = None
 
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self._session = join(self._settings)
@@ -121,7 +120,6 @@ class RayBackend(ExecutorBackend):
             room = check_demand(self._demand)
             if room < self.num_workers:
                 _log.warning("Ray has room for %d of %d workers now; other jobs wait in it", room, self.num_workers)
-            self._nodes = NodeWatch()
             super().start(run_function, emit)
         except BaseException:
             self._session.leave()
@@ -160,8 +158,6 @@ class RayBackend(ExecutorBackend):
     def blame(self, exc: BaseException) -> Fault:
         kind = type(exc).__name__
         if isinstance(exc, WorkerCrashedError):
-            if self._nodes is not None and self._nodes.one_has_gone():
-                return Fault(Reach.CALL, JobCause.LOST, ErrorInfo("NodeDied", "the node it ran on has gone"))
             error = ErrorInfo("WorkerDied", "the worker process of Ray that it ran in died")
             return Fault(Reach.CALL, JobCause.CRASH, error)
         if isinstance(exc, OutOfMemoryError):

@@ -1,19 +1,14 @@
-"""The nodes of the Ray that this program is connected to: what fits on them, and which have gone."""
+"""What fits on the nodes of the Ray that this program is connected to."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from typing import Any
 
 import ray
 
 from evalkit.errors import BackendError
 
-__all__ = ["NodeWatch", "check_demand"]
-
-_NEWS = 1.0  # seconds until the news of the end of a node is out
-_POLL = 0.1  # seconds
+__all__ = ["check_demand"]
 
 
 def check_demand(demand: Mapping[str, float]) -> int:
@@ -40,25 +35,3 @@ def check_demand(demand: Mapping[str, float]) -> int:
 
 def _said(amounts: Mapping[str, float]) -> str:
     return ", ".join(f"{name}: {amount:g}" for name, amount in amounts.items())
-
-
-class NodeWatch:
-    """Tells a worker that died from a node that died with its workers."""
-
-    def __init__(self) -> None:
-        self._alive = _alive()
-
-    def one_has_gone(self) -> bool:
-        """Whether a node has gone since this was last asked. Waits a moment for the news of it."""
-        deadline = time.monotonic() + _NEWS
-        while True:
-            alive = _alive()
-            gone = self._alive - alive
-            if gone or time.monotonic() > deadline:
-                self._alive = alive
-                return bool(gone)
-            time.sleep(_POLL)
-
-
-def _alive() -> set[Any]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
