@@ -192,7 +192,7 @@ def _runs(pid):
         (ray.exceptions.OutOfMemoryError("the node is low on memory"), JobCause.MEMORY),
         (ray.exceptions.NodeDiedError("the node is gone"), JobCause.LOST),
         (ray.exceptions.ObjectLostError("ab", None, ""), JobCause.LOST),
-        (ray.exceptions.OwnerDiedError("ab", None, "", None), JobCause.LOST),
+        (ray.exceptions.OwnerDiedError("ab", None, ""), JobCause.LOST),
         (ray.exceptions.RuntimeEnvSetupError("no such package"), JobCause.EXCEPTION),
         (ray.exceptions.RayTaskError("run_chunk", "No module named 'evalkit'", ValueError()), JobCause.EXCEPTION),
     ],

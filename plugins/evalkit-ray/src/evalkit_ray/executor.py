@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ from typing import Any
 
 import ray
 
-from evalkit_ray.task import run_chunk
+from evalkit_ray.task import Delivery, run_chunk
 
 __all__ = ["RayExecutor"]
 
@@ -65,16 +67,16 @@ class RayExecutor(Executor):
                 raise RuntimeError("cannot submit after shutdown")
             self._calls[future] = call
             try:
-                self._send(call, with_program=False)
+                self._send(call, delivering=False)
             except BaseException:
                 del self._calls[future]
                 raise
         return future
 
-    def _send(self, call: _Call, *, with_program: bool) -> None:
+    def _send(self, call: _Call, *, delivering: bool) -> None:
         """With the lock: make it a task."""
         program = call.program
-        if with_program:
+        if delivering:
             call.reference = self._task.remote(program.token, call.chunk, program.reference)
         else:
             call.reference = self._task.remote(program.token, call.chunk)
@@ -105,7 +107,7 @@ class RayExecutor(Executor):
                 call.future.set_exception(ray.exceptions.TaskCancelledError())
                 self._calls.pop(call.future, None)
             else:
-                self._send(call, with_program=True)
+                self._send(call, delivering=True)
         return True
 
     def kill(self, future: Future[Any]) -> bool:
@@ -152,7 +154,7 @@ class _Program:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.token = uuid.uuid4().hex
-        self.reference = ray.put(function)
+        self.reference = ray.put(Delivery(function, [os.path.abspath(folder) for folder in sys.path]))
 
 
 class _Call:
