@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from evalkit.backends import SideChannel, SideChannelClient
 
@@ -37,6 +38,9 @@ _CLOSE_TIMEOUT = 2.0  # seconds
 
 #: One life of the actor, and the number of the first message that was not received in it.
 _Position = tuple[str, int]
+#: A worker, the number of the message there, and the message. Who repeats one after the loss of the actor cannot know
+#: whether it had come through.
+_Letter = tuple[str, int, bytes]
 
 
 class Postbox:
@@ -44,30 +48,30 @@ class Postbox:
 
     def __init__(self) -> None:
         self._life = uuid.uuid4().hex
-        self._messages: list[bytes] = []
+        self._letters: list[_Letter] = []
         self._first = 0  # the number of the first one in the list
         self._arrived = asyncio.Event()
         self._stops: set[int] = set()
 
-    async def send(self, message: bytes) -> None:
+    async def send(self, letter: _Letter) -> None:
         """Take a message."""
-        self._messages.append(message)
+        self._letters.append(letter)
         self._arrived.set()
 
-    async def fetch(self, received: _Position) -> tuple[_Position, list[bytes]]:
+    async def fetch(self, received: _Position) -> tuple[_Position, list[_Letter]]:
         """Wait for messages beyond those received; return them, and what is received then."""
         life, number = received
         if life == self._life:
-            del self._messages[: number - self._first]
+            del self._letters[: number - self._first]
             self._first = number
-        while not self._messages:
+        while not self._letters:
             self._arrived.clear()
             await self._arrived.wait()
-        return (self._life, self._first + len(self._messages)), list(self._messages)
+        return (self._life, self._first + len(self._letters)), list(self._letters)
 
     async def position(self) -> _Position:
         """Beyond the last message."""
-        return self._life, self._first + len(self._messages)
+        return self._life, self._first + len(self._letters)
 
     async def ask(self, runs: set[int]) -> None:
         """These runs are to stop."""
@@ -98,6 +102,7 @@ class RayChannel(SideChannel):
         self._heard = threading.Condition(self._lock)
         self._received: _Position = ("", 0)
         self._stops: set[int] = set()
+        self._last: dict[str, int] = {}  # worker -> the number of its last message
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="evalkit-ray-channel", daemon=True)
 
@@ -139,7 +144,7 @@ class RayChannel(SideChannel):
     def _serve(self) -> None:
         while not self._closed:
             try:
-                received, messages = self._actor.fetch.remote(self._received).future().result()
+                received, letters = self._actor.fetch.remote(self._received).future().result()
             except Exception as exc:  # noqa: BLE001 - whatever it is, there is nothing to fetch for now
                 if self._closed or not ray.is_initialized():
                     return
@@ -148,8 +153,10 @@ class RayChannel(SideChannel):
                 with contextlib.suppress(Exception):
                     self._actor.ask.remote(set(self._stops))
                 continue
-            for message in messages:
-                self._receive(message)
+            for worker, number, message in letters:
+                if number > self._last.get(worker, -1):
+                    self._last[worker] = number
+                    self._receive(message)
             with self._lock:
                 self._received = received
                 self._heard.notify_all()
@@ -160,6 +167,9 @@ class _RayClient(SideChannelClient):
         self._name = name
         self._lock = threading.Lock()
         self._found: Any = None
+        self._sending = threading.Lock()  # held all the while, so that what is repeated stays in order
+        self._worker = uuid.uuid4().hex
+        self._next_number = 0
         self._stops: set[int] = set()
         self._asking = False
         self._asked = time.monotonic()
@@ -168,11 +178,22 @@ class _RayClient(SideChannelClient):
         return _RayClient, (self._name,)
 
     def send(self, message: bytes) -> None:
-        try:
-            # Not ray.get: it would give the CPU of this task to another one while it waits.
-            self._actor().send.remote(message).future().result(_SEND_TIMEOUT)
-        except Exception as exc:
-            raise ConnectionError(f"there is no way to the main program from here: {exc}") from exc
+        deadline = time.monotonic() + _SEND_TIMEOUT
+        with self._sending:
+            letter = (self._worker, self._next_number, message)
+            self._next_number += 1
+            while True:
+                try:
+                    # Not ray.get: it would give the CPU of this task to another one while it waits.
+                    self._actor().send.remote(letter).future().result(max(0.0, deadline - time.monotonic()))
+                except ActorUnavailableError:
+                    if time.monotonic() > deadline:
+                        raise ConnectionError("the side channel through Ray was lost") from None
+                    time.sleep(_RESTART_PAUSE)  # it is starting again
+                except Exception as exc:
+                    raise ConnectionError(f"there is no way to the main program from here: {exc}") from exc
+                else:
+                    return
 
     def stop_requested(self, run: int) -> bool:
         now = time.monotonic()
