@@ -76,7 +76,6 @@ def test_nothing_is_lost_with_a_node(nodes, tmp_path):
         assert [(job.state, job.output) for job in jobs] == [(JobState.DONE, stays)] * 12
         assert on_it
         assert all(job.records[-1] == {"node": stays} for job in jobs)
-    assert len([node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []) in (0, 2)
 
     with Evaluator.create(tiny, "ray", settings) as evaluator:
         jobs = evaluator.submit([{"x": x} for x in range(3000)])

@@ -67,7 +67,9 @@ def test_without_an_address_a_local_ray_is_started_and_ends_with_the_last_evalua
             assert ray.is_initialized(), "it stays for the other evaluator"
             first.submit([{"x": 2}])
             assert first.gather("ALL")[0].output == {"x": 2}
-            with pytest.warns(RuntimeWarning, match="num_cpus cannot be changed"), create(num_cpus=7) as third:
+            with pytest.warns(RuntimeWarning, match="num_cpus cannot be changed"):
+                third = create(num_cpus=7)
+            with third:
                 third.submit([{"x": 3}])
                 assert third.gather("ALL")[0].output == {"x": 3}
     finally:
@@ -77,7 +79,7 @@ def test_without_an_address_a_local_ray_is_started_and_ends_with_the_last_evalua
 
 
 @pytest.mark.slow
-def test_an_address_is_used_and_its_cluster_outlives_the_evaluators(monkeypatch):
+def test_an_address_is_used_and_its_cluster_outlives_the_evaluators():
     """One program has a Ray; others attach to it by address or RAY_ADDRESS, and not without."""
     with create(num_workers=1, num_cpus=3) as evaluator:
         address = ray.get_runtime_context().gcs_address
@@ -134,11 +136,6 @@ def test_a_runtime_env_reaches_the_jobs():
 # -- what cannot be ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(session_module, "_ANSWER_TIMEOUT", 3.0)
-
-
 def test_an_address_where_nobody_listens():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -147,7 +144,8 @@ def test_an_address_where_nobody_listens():
     assert not ray.is_initialized()
 
 
-def test_an_address_where_somebody_else_listens(impatient, monkeypatch):
+def test_an_address_where_somebody_else_listens(monkeypatch):
+    monkeypatch.setattr(session_module, "_ANSWER_TIMEOUT", 3.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
@@ -178,7 +176,7 @@ def test_more_than_there_is_is_an_error_at_once():
 
 def test_a_local_ray_that_does_not_start():
     before = folders()
-    with pytest.raises(BackendError, match="a local Ray does not start: .*no_such_argument"):
+    with pytest.raises(BackendError, match=r"a local Ray does not start: .*no_such_argument"):
         create(ray_kwargs={"no_such_argument": 1})
     assert folders() == before
 

@@ -97,7 +97,9 @@ class RayChannel(SideChannel):
         name = f"evalkit-{uuid.uuid4().hex}"
         self.client = _RayClient(name)
         # It is there when a worker looks for it by name, and starts while the first jobs do.
-        self._actor = ray.remote(Postbox).options(name=name, namespace=_NAMESPACE, max_restarts=-1, **options).remote()
+        self._actor: Any = (
+            ray.remote(Postbox).options(name=name, namespace=_NAMESPACE, max_restarts=-1, **options).remote()
+        )
         self._lock = threading.Lock()
         self._heard = threading.Condition(self._lock)
         self._received: _Position = ("", 0)

@@ -18,7 +18,8 @@ def check_demand(demand: Mapping[str, float]) -> int:
         BackendError: not even one has, on any node.
     """
     wanted = {name: amount for name, amount in demand.items() if amount}
-    nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[Mapping[str, float]] = [node["Resources"] for node in found if node["Alive"]]
     room = 0
     for node in nodes:
         fits = [int(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()]

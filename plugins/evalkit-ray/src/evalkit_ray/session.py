@@ -102,7 +102,7 @@ def join(settings: SessionSettings) -> Session:
     Raises:
         BackendError: the address does not answer, or Ray does not start.
     """
-    global _made  # noqa: PLW0603 - a process has one connection to Ray, and this is ours
+    global _made
     with _lock:
         if not ray.is_initialized():
             _made = _make(settings)
@@ -232,7 +232,7 @@ def _new_folder() -> str:
 
 def _end(made: _Made) -> None:
     """With the lock: nobody uses it any more."""
-    global _made  # noqa: PLW0603 - as above
+    global _made
     if _made is made:
         _made = None
         if ray.is_initialized():
