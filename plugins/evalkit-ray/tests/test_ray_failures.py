@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
+import sys
 import time
 
 import psutil
@@ -164,6 +166,20 @@ class TestLocal:
             evaluator.gather("ALL")
             assert len(ray.util.list_named_actors(all_namespaces=True)) == 1
         eventually(lambda: not ray.util.list_named_actors(all_namespaces=True), "the end of its actor")
+
+    def test_a_module_that_is_not_there_is_named(self, tmp_path):
+        """What was imported here from a place that the workers cannot see."""
+        (tmp_path / "only_here.py").write_text("def double(job):\n    return 2 * job['x']\n")
+        sys.path.insert(0, str(tmp_path))
+        try:
+            double = importlib.import_module("only_here").double
+        finally:
+            sys.path.remove(str(tmp_path))
+        with self.create(double) as evaluator:
+            (job,) = evaluator.submit([{"x": 1}])
+            evaluator.gather("ALL")
+        assert job.cause is JobCause.EXCEPTION
+        assert "No module named 'only_here'" in str(job.error)
 
     def test_more_workers_than_room_share_it(self):
         """Jobs that wait in Ray have not started, so their time does not run."""

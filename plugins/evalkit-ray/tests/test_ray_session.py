@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import ray
 from evalkit import Evaluator
 from evalkit.errors import BackendError
 from evalkit.testing import functions
+from evalkit.testing.backend_fixtures import BOUND, eventually, in_background
 from evalkit_ray import session as session_module
 
 
@@ -37,6 +39,13 @@ def run_program(text, **environment):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def runs(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def folders():
@@ -131,6 +140,49 @@ def test_a_runtime_env_reaches_the_jobs():
         with create(read, runtime_env={"env_vars": {"MARK_OF_THE_SECOND": "2"}}) as second:
             second.submit([{"name": "MARK_OF_THE_SECOND"}])
             assert second.gather("ALL")[0].output == "2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_program_that_is_ended_leaves_no_process(number, tmp_path):
+    program = """
+        import time
+        import ray
+        from evalkit import Evaluator
+
+        def run(job):
+            time.sleep(1000)
+
+        evaluator = Evaluator.create(run, "ray", {"num_workers": 2})
+        evaluator.submit([{}, {}])
+        print(ray.get_runtime_context().get_temp_dir(), flush=True)
+        evaluator.gather("ALL")
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with process:
+        folder = process.stdout.readline().strip()
+        assert os.path.isdir(folder)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 4
+        process.send_signal(number)
+        assert process.wait(BOUND) == (15 if number == signal.SIGTERM else -9)
+    eventually(lambda: not any(runs(child.pid) for child in children), "the end of all processes")
+    assert os.path.isdir(folder) == (number == signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_ray_that_is_shut_down_under_an_evaluator_fails_its_jobs(tmp_path):
+    evaluator = create(functions.Plain(functions.hold), num_workers=1)
+    jobs = evaluator.submit([{"started": str(tmp_path / "started"), "release": str(tmp_path / "never")}, {"x": 1}])
+    eventually((tmp_path / "started").exists, "the start of the first job")
+    ray.shutdown()
+    assert in_background(evaluator.gather, "ALL").result(BOUND) == jobs
+    assert all("Ray was shut down under this evaluator" in str(job.error) for job in jobs)
+    assert not ray.is_initialized(), "it does not connect itself to whatever it finds"
+    evaluator.close()
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------

@@ -114,7 +114,8 @@ class RayChannel(SideChannel):
 
     def request_stop(self, run: int) -> None:
         self._stops.add(run)
-        self._actor.ask.remote({run})
+        if ray.is_initialized():  # else it would connect itself, to whatever it finds
+            self._actor.ask.remote({run})
 
     def forget(self, run: int) -> None:
         self._stops.discard(run)
@@ -123,6 +124,8 @@ class RayChannel(SideChannel):
 
     def drain(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
+        if not ray.is_initialized():
+            return
         try:
             life, number = self._actor.position.remote().future().result(timeout)
         except Exception:  # noqa: BLE001 - it is gone, and what was in it too
@@ -144,16 +147,17 @@ class RayChannel(SideChannel):
             self._thread.join(_CLOSE_TIMEOUT)
 
     def _serve(self) -> None:
-        while not self._closed:
+        while not self._closed and ray.is_initialized():
             try:
                 received, letters = self._actor.fetch.remote(self._received).future().result()
             except Exception as exc:  # noqa: BLE001 - whatever it is, there is nothing to fetch for now
-                if self._closed or not ray.is_initialized():
+                if self._closed:
                     return
                 _log.warning("the side channel through Ray was lost and is made again: %s", exc)
                 time.sleep(_RESTART_PAUSE)
-                with contextlib.suppress(Exception):
-                    self._actor.ask.remote(set(self._stops))
+                if ray.is_initialized():
+                    with contextlib.suppress(Exception):
+                        self._actor.ask.remote(set(self._stops))
                 continue
             for worker, number, message in letters:
                 if number > self._last.get(worker, -1):

@@ -17,14 +17,18 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, wait
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
+from ray.exceptions import TaskCancelledError
 
 from evalkit_ray.task import Delivery, run_chunk
 
 __all__ = ["RayExecutor"]
+
+_GONE = "Ray was shut down under this evaluator; create another one"
+_LOOK = 5.0  # seconds between two looks whether Ray is still there: it says nothing when it is shut down
 
 
 class RayExecutor(Executor):
@@ -54,9 +58,10 @@ class RayExecutor(Executor):
             args: the chunk, and nothing else.
 
         Raises:
-            RuntimeError: after a shutdown.
+            RuntimeError: after a shutdown, of this or of Ray.
         """
         (chunk,) = args
+        _check_connected()
         if self._program is None or self._program.function is not fn:
             self._program = _Program(fn)
         call = _Call(self._program, chunk)
@@ -86,11 +91,21 @@ class RayExecutor(Executor):
         self._ended.put((call, ended))
 
     def _serve(self) -> None:
-        while (item := self._ended.get()) is not None:
+        while True:
+            try:
+                item = self._ended.get(timeout=_LOOK)
+            except Empty:
+                if not ray.is_initialized():
+                    self._fail_all()
+                continue
+            if item is None:
+                return
             call, ended = item
             exc = ended.exception()
-            if exc is None and ended.result() is None and self._send_again(call):
-                continue
+            if exc is None and ended.result() is None:
+                exc = self._send_again(call)
+                if exc is None:
+                    continue
             with self._lock:
                 self._calls.pop(call.future, None)
             if exc is None:
@@ -100,15 +115,25 @@ class RayExecutor(Executor):
             # Until the next one comes, this thread keeps no result alive.
             del item, call, ended, exc
 
-    def _send_again(self, call: _Call) -> bool:
-        """The worker has yet to be given the program."""
+    def _fail_all(self) -> None:
+        """Nobody will ever tell what has become of these calls."""
+        with self._lock:
+            left = list(self._calls)
+            self._calls.clear()
+        for future in left:
+            future.set_exception(RuntimeError(_GONE))
+
+    def _send_again(self, call: _Call) -> BaseException | None:
+        """The worker has yet to be given the program; return why it cannot be."""
         with self._lock:
             if call.killed:
-                call.future.set_exception(ray.exceptions.TaskCancelledError())
-                self._calls.pop(call.future, None)
-            else:
+                return TaskCancelledError()
+            try:
+                _check_connected()
                 self._send(call, delivering=True)
-        return True
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the call ends with it
+                return exc
+        return None
 
     def kill(self, future: Future[Any]) -> bool:
         """End the worker that a call is in, or the call if it waits for one; say whether it was there."""
@@ -117,7 +142,8 @@ class RayExecutor(Executor):
             if call is None:
                 return False
             call.killed = True
-            ray.cancel(call.reference, force=True)
+            if ray.is_initialized():  # else it ends at the next look
+                ray.cancel(call.reference, force=True)
         return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -146,6 +172,12 @@ class RayExecutor(Executor):
             wait(left, patience)
             self._ended.put(None)
             self._thread.join(1.0)
+
+
+def _check_connected() -> None:
+    """Raise ``RuntimeError`` if Ray would have to connect itself, to whatever it finds."""
+    if not ray.is_initialized():
+        raise RuntimeError(_GONE)
 
 
 class _Program:

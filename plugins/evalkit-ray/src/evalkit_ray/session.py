@@ -204,9 +204,10 @@ def _init(address: str, arguments: Mapping[str, Any]) -> None:
     try:
         ray.init(address=address, **arguments)
     finally:
-        # ray.init takes SIGTERM for itself; who had a handler keeps it.
-        if on_main_thread and callable(before):
-            signal.signal(signal.SIGTERM, before)
+        # ray.init takes SIGTERM, twice: for sys.exit, and then for an abort with a stack trace. Who had a handler keeps
+        # it, and where there was none, the program exits, and cleans up as it does.
+        if on_main_thread and before is not None:
+            signal.signal(signal.SIGTERM, before if callable(before) else signal.getsignal(signal.SIGTERM))
 
 
 @contextlib.contextmanager
