@@ -53,7 +53,7 @@ BARS = (
     Bar("evalkit ray", "ray", "ALL", 1 / 20),
     Bar("evalkit ray", "ray", "BATCH", 1.1),
     Bar("evalkit mpicomm", "mpi4py", "ALL", 1 / 20),
-    Bar("evalkit mpicomm", "mpi4py", "BATCH"),
+    Bar("evalkit mpicomm", "mpi4py", "BATCH", 1.3),
 )
 HISTORY_BAR = 1.2  # the largest size beside the smallest, per job
 MEMORY_BAR = 1536  # bytes a finished job

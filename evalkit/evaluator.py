@@ -23,9 +23,9 @@ from evalkit.engine.arguments import (
     check_seconds,
     entries_of,
     is_int,
+    make_backend,
     open_storage,
     parameters_of,
-    split_options,
 )
 from evalkit.engine.budget import Budget
 from evalkit.engine.clock import Clock
@@ -49,6 +49,10 @@ __all__ = ["Evaluator"]
 
 _LONGEST_GRACE = 1e6  # seconds; engines count in smaller units, and what is longer is never waited for
 _LAST_SUBMIT = 5.0  # seconds that close waits for a submit that is under way
+_SERVED = (
+    "this process only served the one that drives, which has closed the evaluator: put what submits and gathers under "
+    "'if evaluator.is_master:'"
+)
 _open: weakref.WeakSet[Evaluator] = weakref.WeakSet()
 
 
@@ -58,6 +62,10 @@ class Evaluator:
     Made by :meth:`create`. Every method may be called from any thread, also from within a running event loop: nothing
     runs on the caller's loop. A failed job is a result, not an exception: ``gather`` never raises because a run
     function failed.
+
+    Where a program runs as many processes (MPI), each of them creates the evaluator, and one drives. In the others,
+    whose :attr:`is_master` is False, it is created when the one that drives has closed it: until then they serve. They
+    open no storage and call no callbacks, and their evaluator is closed.
 
     Args:
         run_function: called as ``run_function(job)`` with a :class:`evalkit.RunningJob`; ``def`` or ``async def``.
@@ -94,10 +102,16 @@ class Evaluator:
             raise TypeError(f"run_function_kwargs takes a mapping of keyword arguments, not {run_function_kwargs!r}")
         policy = RetryPolicy.of(retries)
         observers = check_callbacks(callbacks)
+        if not backend.is_master:
+            storage, search_id, observers = None, None, []
         self._run_function = run_function
         self._backend = backend
         self._owns_storage = isinstance(storage, str)
-        self._storage = open_storage(storage)
+        try:
+            self._storage = open_storage(storage)
+        except BaseException as exc:
+            backend.release(exc)
+            raise
         try:
             if search_id is None:
                 self._search_id = self._storage.create_search()
@@ -135,14 +149,19 @@ class Evaluator:
             bound = partial(run_function, **run_function_kwargs) if run_function_kwargs else run_function
             backend.job_timeout = job_timeout
             backend.start(bound, self._scheduler.emit)
-        except BaseException:
+        except BaseException as exc:
             if self._owns_storage:
                 self._storage.close()
+            backend.release(exc)
             raise
+        if not backend.is_master:
+            self._budget.close(_SERVED)
+            return
         self._notifier.inline = backend.runs_in_caller
         for callback in observers:
             callback.evaluator = self
         _open.add(self)
+        plugins().announce(self)
 
     @classmethod
     def create(
@@ -156,8 +175,8 @@ class Evaluator:
         Args:
             run_function: called as ``run_function(job)``.
             method: the name of the backend: serial, thread, process, or that of a plugin.
-            method_kwargs: ``num_workers`` (default 1), the other arguments of :class:`Evaluator`, and the options of
-                the backend.
+            method_kwargs: ``num_workers`` (default 1; on some backends, all there are), the other arguments of
+                :class:`Evaluator`, and the options of the backend.
 
         Raises:
             ValueError: an unknown method or keyword (names the close match, or the line that installs a known plugin),
@@ -171,11 +190,8 @@ class Evaluator:
             raise TypeError(f"method takes the name of a backend, not {method!r}")
         if not isinstance(method_kwargs or {}, Mapping):
             raise TypeError(f"method_kwargs takes a mapping such as {{'num_workers': 4}}, not {method_kwargs!r}")
-        backend_class = plugins().backend_class(method)
-        num_workers, options, common = split_options(method, backend_class, method_kwargs or {})
-        evaluator = cls(run_function, backend_class(num_workers, **options), **common)
-        plugins().announce(evaluator)
-        return evaluator
+        backend, common = make_backend(method, method_kwargs or {})
+        return cls(run_function, backend, **common)
 
     # -- submit and gather ----------------------------------------------------------------------------------------
 
@@ -345,7 +361,8 @@ class Evaluator:
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
         check_seconds("timeout", seconds)
-        self._budget.set_timeout(seconds)
+        if self.is_master:
+            self._budget.set_timeout(seconds)
 
     @property
     def time_left(self) -> float:
@@ -448,6 +465,10 @@ class Evaluator:
         Raises:
             StorageUnavailableError: the last results cannot be stored; all else is released.
         """
+        return self._close(None)
+
+    def _close(self, exc: BaseException | None) -> list[Job]:
+        """As :meth:`close`; ``exc`` is what has left the ``with`` block."""
         if self._notifier.in_callback:
             raise GatherInCallbackError("a callback cannot close the evaluator: it would wait for itself; call stop()")
         with self._closing:
@@ -471,9 +492,12 @@ class Evaluator:
                         self._submitting.release()
                     self._recorder.flush()
                 finally:
-                    self._notifier.close()
-                    if self._owns_storage:
-                        self._storage.close()
+                    try:
+                        self._notifier.close()
+                        if self._owns_storage:
+                            self._storage.close()
+                    finally:
+                        self._backend.release(exc)
             return cancelled
 
     def __enter__(self) -> Self:
@@ -482,7 +506,7 @@ class Evaluator:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(exc)
 
     def _disown(self) -> None:
         """Let go, in a fork of the process that owns it: everything it holds is the other one's."""

@@ -36,6 +36,7 @@ __all__ = [
     "evalkit_backends",
     "evalkit_cli",
     "evalkit_evaluator_created",
+    "evalkit_exit",
     "evalkit_storages",
     "hookimpl",
     "hookspec",
@@ -65,3 +66,8 @@ def evalkit_evaluator_created(evaluator: Evaluator) -> None:
 @hookspec
 def evalkit_cli(app: typer.Typer) -> None:
     """The command line starts: the place to add commands to it."""
+
+
+@hookspec
+def evalkit_exit(code: int) -> None:
+    """The command line is about to exit with this code: for engines whose other processes have to know."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from evalkit.backends.events import Event
 from evalkit.joblog import JobLog
@@ -102,13 +102,19 @@ class Backend(ABC):
     #: Seconds that a run may take, None for no limit; set before :meth:`start`. The evaluator sees to it by itself, by
     #: :meth:`cancel`; a backend may want to keep jobs apart that may have to be ended.
     job_timeout: float | None = None
+    #: ``num_workers`` where the user gives none; None if the backend finds out itself: its ``__init__`` then gets None.
+    default_num_workers: ClassVar[int | None] = 1
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
 
     @property
     def is_master(self) -> bool:
-        """Whether this process drives; False on the ranks of an MPI program that only serve."""
+        """Whether this process drives; False on the ranks of an MPI program that only serve.
+
+        Known from ``__init__`` on. Where it is False, :meth:`start` serves: it returns when the process that drives
+        has released this one, and nothing else is asked of the backend after that.
+        """
         return True
 
     @property
@@ -121,7 +127,7 @@ class Backend(ABC):
         """Get ready to run ``run_function(running_job)``; tell what happens through ``emit(events)``.
 
         Raises:
-            BackendError: the engine cannot start.
+            BackendError: the engine cannot start, or, in a process that serves, the one that drives could not.
         """
 
     @abstractmethod
@@ -155,3 +161,13 @@ class Backend(ABC):
 
         Returns within the grace and a few seconds, whatever the jobs do.
         """
+
+    def release(self, exc: BaseException | None) -> None:
+        """Let the processes of this program go on that serve this one; called last, when everything is stored.
+
+        Also called instead of all else, if the evaluator could not be created. Called again, it does nothing.
+
+        Args:
+            exc: what kept the evaluator from being created, or left its ``with`` block; None if all went well.
+        """
+        return

@@ -109,6 +109,10 @@ def _leave(code: int) -> NoReturn:
         signal.signal(signal.SIGINT, lambda *_: os._exit(code))
     for number in SYSTEM:
         signal.signal(number, signal.SIG_IGN)  # it is about to end, and its exit code is worth more than to end sooner
+    try:
+        plugins().hook.evalkit_exit(code=code)
+    except Exception:  # noqa: BLE001 - a stranger's hook may do anything
+        _log.exception("a plugin failed in evalkit_exit")
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

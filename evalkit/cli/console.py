@@ -29,6 +29,7 @@ __all__ = [
     "print_table",
     "reported",
     "show_log",
+    "silence",
     "unread_is_fine",
     "warn",
 ]
@@ -107,6 +108,11 @@ def discard(stream: IO[str]) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+def silence() -> None:
+    """Show nothing from now on: this process is one of many, and another one speaks for all."""
+    out().quiet = err().quiet = True
 
 
 def warn(message: str) -> None:

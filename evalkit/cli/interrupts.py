@@ -81,9 +81,13 @@ class Interrupts:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        self.release()
+
+    def release(self) -> None:
+        """Leave signals to others from now on."""
         if self._pipe is not None and self._thread is not None:
-            read, write = self._pipe
+            self._restore()
+            (read, write), self._pipe = self._pipe, None
             os.close(write)
             self._thread.join()
             os.close(read)

@@ -69,7 +69,10 @@ def run(
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", "-w", metavar="N", help="Jobs at once. Default: the cores of this machine, on serial 1."
+            "--workers",
+            "-w",
+            metavar="N",
+            help="Jobs at once. Default: the cores of this machine, on serial 1, on mpicomm every other rank.",
         ),
     ] = None,
     option: Annotated[
@@ -186,36 +189,42 @@ def _run(
     from evalkit.cli.deadline import deadline_of
     from evalkit.cli.output import check_output
     from evalkit.cli.runner import Runner, RunOptions
+    from evalkit.cli.serving import released_on_error, serve
     from evalkit.cli.source import source_of
-    from evalkit.engine.arguments import check_seconds
+    from evalkit.engine.arguments import check_seconds, make_backend
     from evalkit.errors import ParametersError
     from evalkit.plugins import plugins
 
-    limits = (("--timeout", rest["timeout"]), ("--job-timeout", job_timeout), ("--margin", rest["deadline"][1]))
-    for name, seconds in limits:
-        if seconds is not None and not (seconds > 0 and math.isfinite(seconds)):
-            raise ParametersError(f"{name} takes a positive number of seconds, not {seconds:g}")
-    if rest["retry_failed"] and not rest["resume"]:
-        raise ParametersError("--retry-failed goes with --resume: it runs again what failed before")
-    method_kwargs = _backend_options(options)
+    method_kwargs = _backend_options(options) | _workers(workers, rest["backend"]) | {"retries": retries}
     if job_timeout is not None:
         method_kwargs["job_timeout"] = job_timeout
-    method_kwargs["retries"] = retries
-    method_kwargs["num_workers"] = _workers(workers, rest["backend"])
-    plugins().backend_class(rest["backend"])
-    grace = method_kwargs.get("grace", _GRACE)
-    check_seconds("grace", grace, zero=True)
-    when, margin = rest["deadline"]
-    rest["deadline"] = deadline_of(when, margin, grace)
-    if rest["output"] is not None:
-        check_output(rest["output"])
-    source = source_of(*supply)
-    if source is None and not rest["resume"]:
-        raise ParametersError("say what to run: --params FILE, --grid NAME=V1,V2 or --random N --space NAME=LOW:HIGH")
-    function = _function(target, kwargs)
-    with closing(plugins().open_storage(storage)) as opened:
-        run_options = RunOptions(target=target, method_kwargs=method_kwargs, **rest)
-        return Runner(run_options, function, source, opened).run(interrupts)
+    backend, settings = make_backend(rest["backend"], method_kwargs)
+    if not backend.is_master:
+        interrupts.release()
+        serve(backend)
+        return 0
+    with released_on_error(backend):
+        limits = (("--timeout", rest["timeout"]), ("--job-timeout", job_timeout), ("--margin", rest["deadline"][1]))
+        for name, seconds in limits:
+            if seconds is not None and not (seconds > 0 and math.isfinite(seconds)):
+                raise ParametersError(f"{name} takes a positive number of seconds, not {seconds:g}")
+        if rest["retry_failed"] and not rest["resume"]:
+            raise ParametersError("--retry-failed goes with --resume: it runs again what failed before")
+        grace = settings.get("grace", _GRACE)
+        check_seconds("grace", grace, zero=True)
+        when, margin = rest["deadline"]
+        rest["deadline"] = deadline_of(when, margin, grace)
+        if rest["output"] is not None:
+            check_output(rest["output"])
+        source = source_of(*supply)
+        if source is None and not rest["resume"]:
+            raise ParametersError(
+                "say what to run: --params FILE, --grid NAME=V1,V2 or --random N --space NAME=LOW:HIGH"
+            )
+        function = _function(target, kwargs)
+        with closing(plugins().open_storage(storage)) as opened:
+            run_options = RunOptions(target=target, settings=settings, **rest)
+            return Runner(run_options, function, source, opened, backend).run(interrupts)
 
 
 def _function(target: str, kwargs: bool) -> Callable[..., Any]:
@@ -252,9 +261,12 @@ def _backend_options(options: list[str]) -> dict[str, Any]:
     return values
 
 
-def _workers(given: int | None, backend: str) -> int:
+def _workers(given: int | None, backend: str) -> dict[str, int]:
+    from evalkit.plugins import plugins
+
     if given is not None:
-        return given
-    if backend == "serial":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return {"num_workers": given}
+    if backend == "serial" or plugins().backend_class(backend).default_num_workers is None:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"num_workers": cores}

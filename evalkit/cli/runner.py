@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from evalkit.backends.base import Backend
 from evalkit.callbacks import Callback
 from evalkit.cli.console import FAILED, RESUME, USAGE, err, fail, unread_is_fine, warn
 from evalkit.cli.deadline import Deadline
@@ -38,14 +39,14 @@ class RunOptions:
     """The options of ``evalkit run``, as they were given.
 
     Attributes:
-        method_kwargs: for ``Evaluator.create``, storage, search and callbacks aside.
+        settings: of the evaluator: the job timeout, the retries, the grace.
         timeout: of the whole run, in seconds.
         deadline: at which the process may be killed.
     """
 
     target: str
     backend: str
-    method_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     search: str | None = None
     resume: bool = False
     retry_failed: bool = False
@@ -65,14 +66,21 @@ class Runner:
         function: the run function.
         source: of configurations; None to run what the search has left over.
         storage: open.
+        backend: not started; it drives.
     """
 
     def __init__(
-        self, options: RunOptions, function: Callable[..., Any], source: Source | None, storage: Storage
+        self,
+        options: RunOptions,
+        function: Callable[..., Any],
+        source: Source | None,
+        storage: Storage,
+        backend: Backend,
     ) -> None:
         self._options = options
         self._function = function
         self._storage = storage
+        self._backend = backend
         self._source = source
         self._backlog: Backlog | None = None
         self._watch = Watch(minimize=options.minimize)
@@ -97,9 +105,6 @@ class Runner:
             if self._created:
                 self._storage.delete_search(search_id)
             raise
-        if not evaluator.is_master:
-            evaluator.close()  # this process serves another one, which decides what ends when
-            return 0
         return self._drive(evaluator, info, output, interrupts)
 
     # -- before -----------------------------------------------------------------------------------------------------
@@ -184,10 +189,13 @@ class Runner:
 
     def _create(self, search_id: str, callbacks: Sequence[Callback]) -> Evaluator:
         options = self._options
-        evaluator = Evaluator.create(
+        evaluator = Evaluator(
             self._function,
-            options.backend,
-            {**options.method_kwargs, "storage": self._storage, "search_id": search_id, "callbacks": callbacks},
+            self._backend,
+            storage=self._storage,
+            search_id=search_id,
+            callbacks=callbacks,
+            **options.settings,
         )
         try:
             evaluator.timeout = options.timeout

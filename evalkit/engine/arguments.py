@@ -20,9 +20,9 @@ __all__ = [
     "check_seconds",
     "entries_of",
     "is_int",
+    "make_backend",
     "open_storage",
     "parameters_of",
-    "split_options",
 ]
 
 #: What every method takes, beside the options of its backend.
@@ -121,17 +121,17 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def split_options(
-    method: str, backend_class: type[Backend], given: Mapping[str, Any]
-) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Tell the keyword arguments of a method apart.
+def make_backend(method: str, given: Mapping[str, Any]) -> tuple[Backend, dict[str, Any]]:
+    """Make the backend of that name with those of the keyword arguments that are its own. It is not started.
 
     Returns:
-        the number of workers, the options of the backend, and the arguments of the evaluator.
+        the backend, and the other keyword arguments, which are the evaluator's.
 
     Raises:
-        ValueError: a name that neither takes (names the close match), or a number of workers that makes no sense.
+        ValueError: an unknown method, a name that nobody takes (names the close match), or a number of workers that
+            makes no sense.
     """
+    backend_class = plugins().backend_class(method)
     accepted = _options_of(backend_class)
     for name in given:
         if name not in accepted and name not in _COMMON:
@@ -140,9 +140,12 @@ def split_options(
                 f"backend {method!r} has no option {name!r}{close_match(str(name), candidates)}; "
                 f"it takes: {', '.join(candidates)}"
             )
-    num_workers = given.get("num_workers", 1)
-    if type(num_workers) is not int or num_workers < 1:
-        raise ValueError(f"num_workers takes an int of at least 1, not {num_workers!r}")
+    num_workers = backend_class.default_num_workers
+    if "num_workers" in given:
+        num_workers = given["num_workers"]
+        if type(num_workers) is not int or num_workers < 1:
+            raise ValueError(f"num_workers takes an int of at least 1, not {num_workers!r}")
     options = {name: given[name] for name in accepted if name in given}
     common = {name: given[name] for name in _COMMON if name in given and name != "num_workers"}
-    return num_workers, options, common
+    # None goes to those only that have it as their default.
+    return backend_class(num_workers, **options), common  # type: ignore[arg-type]

@@ -29,13 +29,14 @@ class Budget:
         self._stops_running = False
         self._timeout: float | None = None
         self._deadline: float | None = None
+        self._why_closed = "this evaluator is closed; create another one"
         self.maximum: int | None = None
         self.closed = False
 
     def check_open(self) -> None:
         """Raise ``EvaluatorClosedError`` after :meth:`close`."""
         if self.closed:
-            raise EvaluatorClosedError("this evaluator is closed; create another one")
+            raise EvaluatorClosedError(self._why_closed)
 
     def check_room(self, n: int, submitted: int) -> None:
         """Raise what keeps ``n`` jobs from being submitted after ``submitted`` others, if anything does."""
@@ -87,10 +88,11 @@ class Budget:
             self._stops_running = running
         self._scheduler.close_intake(reason, running=running)
 
-    def close(self) -> None:
-        """From now on nothing is taken in, whatever else is set."""
+    def close(self, why: str | None = None) -> None:
+        """From now on nothing is taken in, whatever else is set. ``why`` is what a later use is told."""
         with self._ending:
             self.closed = True
+            self._why_closed = why or self._why_closed
 
     def _run_out(self, deadline: float) -> None:
         if deadline == self._deadline and not self.closed:

@@ -4,11 +4,14 @@ import json
 
 import pytest
 
+from evalkit.backends.serial import SerialBackend
 from evalkit.cli.interrupts import Interrupts
 from evalkit.cli.runner import Runner, RunOptions
 from evalkit.cli.source import source_of
 from evalkit.errors import StorageUnavailableError
 from evalkit.storage import MemoryStorage, Storage
+
+SOURCE = source_of(None, ["x=1,2,3"], None, [], None)
 
 
 class Fickle(MemoryStorage):
@@ -38,10 +41,7 @@ def impatient(monkeypatch, tmp_path):
 def test_a_storage_that_comes_back_has_everything(capsys):
     storage = Fickle(refusals=6)
     options = RunOptions("t", "serial", search="s")
-    assert (
-        Runner(options, lambda job: job["x"], source_of(None, ["x=1,2,3"], None, [], None), storage).run(Interrupts())
-        == 0
-    )
+    assert Runner(options, lambda job: job["x"], SOURCE, storage, SerialBackend(1)).run(Interrupts()) == 0
     assert [record.output for record in storage.load_jobs("s")] == [1, 2, 3]
     err = capsys.readouterr().err
     assert "results are kept in memory" in err
@@ -51,8 +51,8 @@ def test_a_storage_that_comes_back_has_everything(capsys):
 def test_results_that_the_storage_does_not_take_are_in_a_file(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("evalkit.cli.runner._PATIENCE", 0.3)
     options = RunOptions("t", "serial", search="s", output="o.csv")
-    source = source_of(None, ["x=1,2,3"], None, [], None)
-    assert Runner(options, lambda job: job["x"], source, Fickle(refusals=float("inf"))).run(Interrupts()) == 1
+    storage = Fickle(refusals=float("inf"))
+    assert Runner(options, lambda job: job["x"], SOURCE, storage, SerialBackend(1)).run(Interrupts()) == 1
     (rescued,) = tmp_path.glob("evalkit-unsaved-s-*.jsonl")
     jobs = [json.loads(line) for line in rescued.read_text().splitlines()]
     err = capsys.readouterr().err

@@ -1,0 +1,286 @@
+"""A session: one or more evaluators of the root that are open at the same time, and the ranks that serve them.
+
+::
+
+    every rank    meet, on the user's communicator: the root says that it drives, or why it cannot
+                  duplicate it, for the side channel and for what follows
+    the root      one executor, which its evaluators share         the others    serve it
+    every rank    part, at a barrier: the root says how many evaluators that were; free the duplicate
+
+The first evaluator on a communicator opens a session, those that are created before it is closed join it, and the last
+that is closed ends it. The other ranks create the same evaluators in the same order: the first of a session serves all
+of them, and the others then have been served.
+"""
+
+from __future__ import annotations
+
+import array
+import logging
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, cast
+
+from mpi4py import MPI
+from mpi4py.futures import MPICommExecutor
+
+from evalkit.errors import BackendError
+from evalkit_mpi.channel import STOP_TAG, WorkerEnd
+from evalkit_mpi.waiting import Pauses, wait_for
+
+__all__ = ["Opening", "Session", "meet", "serve", "serve_evaluator"]
+
+_log = logging.getLogger("evalkit")
+
+#: By which people and batch systems ask a program to end.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What the root says when the ranks meet.
+
+    Attributes:
+        signals: numbers of the signals that the root answers to; the others leave them to it.
+        path: where the root finds modules; the others look there too.
+        failure: why there is no evaluator; empty if there is one.
+        over: whether the root will create no more of them.
+    """
+
+    signals: tuple[int, ...] = ()
+    path: tuple[str, ...] = ()
+    failure: str = ""
+    over: bool = False
+
+
+def meet(comm: MPI.Intracomm, root: int, opening: Opening | None) -> Opening:
+    """Wait for all ranks, and hear what the root says.
+
+    Args:
+        opening: what to say, on the root; None elsewhere.
+    """
+    wait_for(
+        comm.Ibarrier(),
+        f"rank {comm.Get_rank()} of {comm.Get_size()} waits for others: every rank has to create the same evaluators "
+        "in the same order, and one that still runs a job of the last evaluator comes when that job returns",
+    )
+    said: Opening = comm.bcast(opening, root)
+    return said
+
+
+# -- on the root ------------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """A session, on the root. Made by :meth:`join`.
+
+    Attributes:
+        parted: set when all ranks have left it.
+    """
+
+    _lock = threading.Lock()
+    _open: dict[tuple[int, int], Session] = {}  # noqa: RUF012 - of all, by communicator and root
+
+    @classmethod
+    def join(cls, comm: MPI.Intracomm, root: int) -> tuple[Session, int]:
+        """The session for one more evaluator, and the number of the evaluator in it."""
+        with cls._lock:
+            key = (comm.handle, root)
+            session = cls._open.get(key)
+            if session is None:
+                session = cls._open[key] = cls(comm, root)
+            session._members += 1
+            session._served += 1
+            return session, session._served
+
+    @classmethod
+    def tell_failure(cls, comm: MPI.Intracomm, root: int, exc: BaseException) -> None:
+        """Say to the other ranks that an evaluator could not be created."""
+        with cls._lock:
+            session = cls._open.get((comm.handle, root))
+            if session is not None:
+                session._served += 1  # the others are busy in another one, and will pass over this one
+                return
+        meet(comm, root, Opening(failure=f"{type(exc).__name__}: {exc}"))
+
+    def __init__(self, comm: MPI.Intracomm, root: int) -> None:
+        signals = tuple(number for number in _SIGNALS if callable(signal.getsignal(number)))
+        meet(comm, root, Opening(signals, tuple(sys.path)))
+        self.parted = threading.Event()
+        self._key = (comm.handle, root)
+        self._root = root
+        self._members = 0
+        self._served = 0
+        self._control = comm.Dup()
+        self._workers = [rank for rank in range(comm.Get_size()) if rank != root]
+        self._receivers: dict[int, Callable[[Any], None]] = {}
+        self._stops: deque[tuple[int, int]] = deque()
+        self._sending: list[tuple[MPI.Request, array.array[int]]] = []
+        self._heard = 0  # messages of workers
+        self._requests = 0  # messages to each worker
+        self._over = False
+        self._executor = cast(Executor, MPICommExecutor(self._control, root).__enter__())
+        # The interpreter may end while a rank is still in a job that was given up; see evalkit_mpi.ending.
+        threading.Thread(target=self._attend, name="evalkit-mpi", daemon=True).start()
+
+    def leave(self) -> None:
+        """An evaluator is closed. After the last, all ranks part, in the background."""
+        with self._lock:
+            self._members -= 1
+            if self._members:
+                return
+            del self._open[self._key]
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._over = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an evaluator is in it."""
+        return self._members > 0
+
+    def seat(self) -> Executor:
+        """The executor, as one evaluator sees it: shutting it down does not end it for the others."""
+        return _Seat(self._executor)
+
+    def listen(self, number: int, receive: Callable[[Any], None] | None) -> None:
+        """Have ``receive(message)`` called, in a thread of the session, for what workers say to an evaluator."""
+        if receive is None:
+            self._receivers.pop(number, None)
+        else:
+            self._receivers[number] = receive
+
+    def request_stop(self, number: int, run: int) -> None:
+        """Tell the workers, soon, that a run of an evaluator is to stop."""
+        self._stops.append((number, run))
+
+    def _attend(self) -> None:
+        """Receive and send until all ranks have parted, so that no worker ever waits to be heard."""
+        try:
+            pauses = Pauses()
+            all_are_here: MPI.Request | None = None
+            while True:
+                if self._turn():
+                    pauses.restart()
+                    continue
+                if self._over:
+                    all_are_here = all_are_here or self._control.Ibarrier()
+                    if all_are_here.Test():
+                        break
+                pauses.sleep()
+            expected = self._control.reduce(0, MPI.SUM, self._root)
+            self._control.bcast((self._served, self._requests), self._root)
+            while self._heard < (expected or 0):
+                self._turn()
+            for request, _ in self._sending:
+                wait_for(request)
+            self._control.Free()
+            self.parted.set()
+        except Exception:  # noqa: BLE001 - a defect of ours, or the end of MPI
+            _log.exception("the side channel over MPI failed; what jobs say comes with their results")
+
+    def _turn(self) -> bool:
+        """Receive what has come and send what there is to send; say whether anything came."""
+        heard = self._heard
+        status = MPI.Status()
+        while (message := self._control.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status)) is not None:
+            self._heard += 1
+            payload = bytearray(status.Get_count(MPI.BYTE))
+            message.Recv([payload, MPI.BYTE])
+            receive = self._receivers.get(status.Get_tag())
+            if receive is not None:
+                receive(bytes(payload))
+        if self._stops:
+            # All that is there in one message: as many messages as ranks, whatever the number of jobs.
+            pairs = array.array("q")
+            while self._stops:
+                pairs.extend(self._stops.popleft())
+            self._requests += 1
+            for worker in self._workers:
+                self._sending.append((self._control.Isend([pairs, MPI.INT64_T], worker, STOP_TAG), pairs))
+        if self._sending:
+            self._sending = [entry for entry in self._sending if not entry[0].Test()]
+        return self._heard > heard
+
+
+class _Seat(Executor):
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = self._executor.submit(fn, *args, **kwargs)
+        return future
+
+
+# -- on the other ranks -----------------------------------------------------------------------------------------------
+
+_served_already: dict[tuple[int, int], int] = {}  # by communicator and root
+
+
+def serve_evaluator(comm: MPI.Intracomm, root: int) -> None:
+    """Serve the evaluator that this rank creates and the root too, until that is closed, and those that joined it.
+
+    Raises:
+        BackendError: the root could not create it.
+    """
+    key = (comm.handle, root)
+    left = _served_already.get(key, 0)
+    if left:
+        _served_already[key] = left - 1
+    else:
+        _served_already[key] = serve(comm, root) - 1
+
+
+def serve(comm: MPI.Intracomm, root: int) -> int:
+    """Serve the next session that the root opens, until all ranks part.
+
+    Returns:
+        how many evaluators were in it; 0 if the root will create no more of them.
+
+    Raises:
+        BackendError: the root could not create an evaluator.
+    """
+    opening = meet(comm, root, None)
+    if opening.over:
+        return 0
+    if opening.failure:
+        raise BackendError(f"rank {root} could not create the evaluator: {opening.failure}")
+    sys.path += [entry for entry in opening.path if entry not in sys.path]
+    control = comm.Dup()
+    with _left_to_the_root(opening.signals):
+        end = WorkerEnd.present = WorkerEnd(control, root)
+        with MPICommExecutor(control, root):
+            pass  # entering it serves
+        WorkerEnd.present = None
+        sent = end.close()
+        wait_for(control.Ibarrier())
+    # A message that nobody receives would come to the next communicator with the number of this one.
+    control.reduce(sent, MPI.SUM, root)
+    served, expected = control.bcast(None, root)
+    end.drain(expected)
+    control.Free()
+    return int(served)
+
+
+@contextmanager
+def _left_to_the_root(numbers: tuple[int, ...]) -> Iterator[None]:
+    """Take no notice of these signals: launchers send them to every rank, and the root decides what they mean."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A function and not SIG_IGN, which the programs that a job starts would inherit.
+    before = {number: signal.signal(number, _take_no_notice) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _take_no_notice(_number: int, _frame: FrameType | None) -> None:
+    return

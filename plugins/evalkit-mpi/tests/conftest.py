@@ -1,0 +1,25 @@
+"""What holds for every test: it leaves no rank behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mpi_launching import Program, marked
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    mark = uuid.uuid4().hex
+    yield Program(tmp_path, mark)
+    deadline = time.monotonic() + 10.0
+    while left := marked(mark):
+        if time.monotonic() > deadline:
+            for process in left:
+                process.send_signal(signal.SIGKILL)
+            pytest.fail(f"left behind: {left}")
+        time.sleep(0.02)
