@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Released, Started
 from evalkit.backends.execution import LocalChannel, failed, identity
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
@@ -28,6 +28,7 @@ _BRIEF = 0.0005  # seconds; where jobs take less, their starts may wait as well
 
 
 class _Run(NamedTuple):
+    task: Task
     lane: asyncio.Task[None]
     channel: LocalChannel
 
@@ -170,7 +171,7 @@ class AsyncBackend(Backend):
                     break
                 task = self._tasks.popleft()
                 job_id = task.id
-                self._running[job_id] = run = _Run(me, LocalChannel(self._say))
+                self._running[job_id] = run = _Run(task, me, LocalChannel(self._say))
             self._begun[job_id] = start = time.time()
             if not brief:  # it may keep the loop for a while, and its time counts from now
                 self._flush()
@@ -178,7 +179,7 @@ class AsyncBackend(Backend):
                 self._flush_due = True
                 self._loop.call_soon(self._flush)
             try:
-                job = RunningJob(own_copy(task.args), job_id, task.attempt, run.channel)
+                job = RunningJob(own_copy(task.args), job_id, task.attempt, run.channel, None, task.resources)
                 output = await self.execute(job)
                 end: Event = Done(job_id, output, (start, time.time(), None, None), self._worker)
             except asyncio.CancelledError as exc:
@@ -204,7 +205,11 @@ class AsyncBackend(Backend):
             self._lanes.discard(run.lane)
             run.lane.cancel()
             run.channel.close()
-            self._note(Failed(job_id, JobCause.LOST, ErrorInfo("Cancelled", "its coroutine was cancelled")))
+            error = ErrorInfo("Cancelled", "its coroutine was cancelled")
+            self._note(Failed(job_id, JobCause.LOST, error, abandoned=True))
+            task = run.task
+            if task.resources:
+                run.lane.add_done_callback(lambda _: self._note(Released(job_id, task.attempt)))
             self._fill_lanes()
 
     def _say(self, events: Sequence[Event]) -> None:

@@ -121,7 +121,7 @@ class Model:
             if one.state is JobState.RUNNING:
                 self._again(one)
         else:
-            self._end(one, JobState.FAILED, JobCause.LOST)
+            self._fail(one, JobCause.LOST)
 
     def _fail(self, one: Expected, cause: JobCause) -> None:
         allowed = {
