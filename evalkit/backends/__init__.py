@@ -15,6 +15,7 @@ from evalkit.backends.events import (
     Printed,
     Progress,
     Recorded,
+    Released,
     Started,
     WorkerIdentity,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Progress",
     "Reach",
     "Recorded",
+    "Released",
     "RunFunction",
     "SideChannel",
     "SideChannelClient",
