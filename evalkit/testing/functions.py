@@ -562,8 +562,12 @@ def end_in_some_way(job: RunningJob) -> Any:
 
 
 def follow(job: RunningJob) -> Steps:
-    """Return whether the file ``before`` exists when this starts; or as :func:`hold`, without it."""
-    if "before" not in job:
+    """Return whether the file ``before`` exists when this starts; or, without it, as :func:`hold`, and create the file
+    ``over`` at the end, however it comes.
+    """
+    if "before" in job:
+        return os.path.exists(job["before"])
+    try:
         return (yield from hold(job))
-    _touch(job["started"], str(os.getpid()))
-    return os.path.exists(job["before"])
+    finally:
+        _touch(job["over"])
