@@ -32,6 +32,7 @@ from evalkit.engine.clock import Clock
 from evalkit.engine.drawing import CHUNK, Drawer
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
+from evalkit.engine.resources import Resources, check_resources
 from evalkit.engine.retry import RetryPolicy
 from evalkit.engine.scheduler import Scheduler
 from evalkit.errors import (
@@ -75,6 +76,8 @@ class Evaluator:
         storage: where records live, an instance or a URL; None keeps them in memory.
         search_id: of a search that exists in the storage; None creates one.
         job_timeout: seconds that a job may run, from its start; None for no limit.
+        resources: lists of units by kind, such as ``{"gpu": ["0", "1"]}``. Each running job has one of each kind to
+            itself, as ``job.resources``, and no more jobs run than there are units of any kind.
         retries: a :class:`evalkit.RetryPolicy`, or an int: so many more attempts after a crash or a loss.
         grace: seconds between asking a job to stop and ending it by force.
     """
@@ -89,6 +92,7 @@ class Evaluator:
         storage: Storage | str | None = None,
         search_id: str | None = None,
         job_timeout: float | None = None,
+        resources: Mapping[str, Sequence[str | int]] | None = None,
         retries: int | RetryPolicy = 0,
         grace: float = 2.0,
     ) -> None:
@@ -101,6 +105,7 @@ class Evaluator:
         if not isinstance(run_function_kwargs or {}, Mapping):
             raise TypeError(f"run_function_kwargs takes a mapping of keyword arguments, not {run_function_kwargs!r}")
         policy = RetryPolicy.of(retries)
+        self._units = check_resources(resources)
         observers = check_callbacks(callbacks)
         if not backend.is_master:
             storage, search_id, observers = None, None, []
@@ -135,6 +140,7 @@ class Evaluator:
                 retries=policy,
                 job_timeout=job_timeout,
                 grace=grace,
+                resources=Resources(self._units) if self._units else None,
             )
             # Reentrant: where jobs run in the caller, the callbacks of a submit are called in it, and they may submit.
             self._submitting = threading.RLock()
@@ -442,6 +448,7 @@ class Evaluator:
             "storage": self._storage.url,
             "timeout": None if self.timeout == math.inf else self.timeout,
             "job_timeout": self._job_timeout,
+            "resources": {kind: list(units) for kind, units in self._units.items()} or None,
             "num_jobs_submitted": self._submitted,
             "num_jobs_gathered": self._gathered,
             "is_master": self.is_master,

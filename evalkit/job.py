@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from evalkit.attempts import Attempt
 from evalkit.errors import (
     IllegalTransitionError,
     JobCancelledError,
@@ -28,6 +30,7 @@ from evalkit.states import (
 __all__ = [
     "LEGAL_TRANSITIONS",
     "TERMINAL_STATES",
+    "Attempt",
     "CancelOutcome",
     "ErrorInfo",
     "Job",
@@ -80,11 +83,13 @@ class Run(Protocol):
 
 
 class _Said:
-    """What few jobs say of themselves while they live."""
+    """What there is to say of few jobs."""
 
-    __slots__ = ("captured", "phase", "progress", "records", "stop_message")
+    __slots__ = ("attempts", "captured", "phase", "progress", "records", "resources", "stop_message")
 
     def __init__(self) -> None:
+        self.attempts: list[Attempt] = []
+        self.resources: dict[str, str] = {}
         self.progress = 0.0
         self.phase = ""
         self.records: list[dict[str, Any]] = []
@@ -224,6 +229,16 @@ class Job:
         return list(self._said.records)
 
     @property
+    def attempts(self) -> list[Attempt]:
+        """How the runs before its last went; empty if there was no other."""
+        return list(self._said.attempts)
+
+    @property
+    def resources(self) -> dict[str, str]:
+        """The units that its last run has, or had, to itself, by kind, such as ``{"gpu": "0"}``."""
+        return self._said.resources.copy()
+
+    @property
     def _epoch(self) -> float:
         return 0.0 if self._owner is None else self._owner.epoch
 
@@ -244,10 +259,24 @@ class Job:
             cpu_time,
             peak_rss,
         )
-        if self.is_complete:
+        complete = self.is_complete
+        if complete:
             known.extra = _metadata_in(self.output)
+        if self._said is not _NOTHING:
+            self._add_said(known)
+        if complete:
             self._known = known
         return known
+
+    def _add_said(self, known: JobMetadata) -> None:
+        said = self._said
+        extra: dict[str, Any] = {}
+        if said.resources and self._measured is not None:
+            extra["resources"] = said.resources.copy()
+        if said.attempts:
+            extra["attempts"] = [attempt.to_json() for attempt in said.attempts]
+        if extra:
+            known.extra = {**(known.extra or {}), **extra}
 
     @property
     def log(self) -> str:
@@ -268,7 +297,9 @@ class Job:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """A new dict of what was measured and of what the run function returned under ``"metadata"``."""
+        """A new dict of what was measured, of what the run function returned under ``"metadata"``, and for jobs that
+        have some, of their ``resources`` and earlier ``attempts``.
+        """
         return dict(self.measured)
 
     # -- what there is to do --------------------------------------------------------------------------------------
@@ -352,13 +383,29 @@ class Job:
             self.move(_RUNNING)
         self._measured, self._ran_by = (time, None, None, None), ran_by
 
-    def retry(self) -> None:
-        """Back to the queue for another attempt; what the last one left is dropped, its records stay."""
+    def lease(self, resources: dict[str, str]) -> None:
+        """Its next run has these to itself."""
+        self._say().resources = resources
+
+    def retry(self, cause: JobCause, error: ErrorInfo, run: Run | None = None, told: float | None = None) -> None:
+        """Back to the queue for another attempt; what the last one left is dropped, its records stay.
+
+        Args:
+            cause, error: why the last one did not count.
+            run: that ended it; None if nothing is known of its end.
+            told: when that was known, in seconds on the owner's clock.
+        """
         self.move(_QUEUED)
+        said, epoch = self._say(), self._epoch
+        measured = run.measured if run is not None and run.measured is not None else self._measured
+        ran_by = run.worker if run is not None and run.worker is not None else self._ran_by
+        start = None if measured is None else measured[0] - epoch
+        end = told if measured is None or measured[1] is None else measured[1] - epoch
+        said.attempts.append(Attempt.ended(self.attempt, cause, error, ran_by, start, end, said.resources))
+        said.resources = {}
         self.attempt += 1
         self.output = self.error = self.cause = self._measured = self._ran_by = None
-        if self._said is not _NOTHING:
-            self._said.progress, self._said.phase, self._said.captured = 0.0, "", None
+        said.progress, said.phase, said.captured = 0.0, "", None
 
     def finish(
         self,
@@ -419,6 +466,18 @@ class Job:
         if records:
             self._say().records = records
         self._known = JobMetadata.of(metadata)
+        extra = self._known.extra
+        if extra is not None:
+            self._restore_said(extra)
+
+    def _restore_said(self, extra: dict[str, Any]) -> None:
+        # Run functions may return metadata of these names, of whatever kind.
+        resources, attempts = extra.get("resources"), extra.get("attempts")
+        if isinstance(resources, dict):
+            self._say().resources = resources
+        if isinstance(attempts, list):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                self._say().attempts = [Attempt.of(attempt) for attempt in attempts]
 
     def note_progress(self, progress: float, phase: str) -> None:
         said = self._say()

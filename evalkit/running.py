@@ -33,7 +33,7 @@ class RunningJob(Mapping[str, Any]):
         id: ``"<search>.<number>"``.
         attempt: 0 for the first run, one more for each retry.
         worker_state: what ``worker_init`` returned in this worker; None without one.
-        resources: what this job may use, such as ``{"gpu": "0"}``.
+        resources: the units that this run has to itself, by kind, such as ``{"gpu": "0"}``.
     """
 
     __slots__ = ("_channel", "attempt", "id", "parameters", "resources", "worker_state")
@@ -45,13 +45,13 @@ class RunningJob(Mapping[str, Any]):
         attempt: int,
         channel: Channel,
         worker_state: Any = None,
-        resources: Mapping[str, Any] | None = None,
+        resources: dict[str, str] | None = None,
     ) -> None:
         self.parameters = parameters
         self.id = id
         self.attempt = attempt
         self.worker_state = worker_state
-        self.resources = {} if resources is None else resources
+        self.resources = dict(resources) if resources else {}
         self._channel = channel
 
     def __getitem__(self, name: str) -> Any:

@@ -565,7 +565,7 @@ def test_jobs_of_the_past_cost_little_memory() -> None:
         assert (after - before) / 10_000 <= 1536
         assert grown / 10_000 <= 8
         scheduler = evaluator._scheduler
-        for name in ("_out", "_pending", "_in_backend", "_finished", "_running", "_dooms", "_failures", "_waiters"):
+        for name in ("_out", "_pending", "_in_backend", "_finished", "_dooms", "_waiters"):
             assert not getattr(scheduler, name), f"{name} grows with history"
 
 

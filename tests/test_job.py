@@ -87,7 +87,7 @@ def test_terminal_states_are_final(state: JobState) -> None:
     with pytest.raises(IllegalTransitionError):
         job.start(3.0)
     with pytest.raises(IllegalTransitionError):
-        job.retry()
+        job.retry(JobCause.CRASH, ErrorInfo("WorkerDied", "it died"))
     assert job.cancel() is CancelOutcome.TOO_LATE
 
 
@@ -167,7 +167,7 @@ def test_another_attempt_starts_anew_and_keeps_the_records() -> None:
     job = job_in(JobState.RUNNING)
     job.note_progress(0.5, "half")
     job.note_record({"step": 1})
-    job.retry()
+    job.retry(JobCause.CRASH, ErrorInfo("WorkerDied", "it died"))
     assert (job.state, job.attempt, job.status.progress, job.status.phase) == (JobState.QUEUED, 1, 0.0, "")
     assert job.records == [{"step": 1}]
     assert "timestamp_start" not in job.metadata

@@ -15,6 +15,7 @@ from evalkit.backends.events import (
     Printed,
     Progress,
     Recorded,
+    Released,
     Started,
     WorkerIdentity,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Progress",
     "Reach",
     "Recorded",
+    "Released",
     "RunFailedError",
     "RunFunction",
     "RunLostError",

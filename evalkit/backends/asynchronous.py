@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Lost, Started, WorkerIdentity
+from evalkit.backends.events import (
+    Cancelled,
+    Done,
+    Event,
+    Failed,
+    Lost,
+    Released,
+    Started,
+    WorkerIdentity,
+)
 from evalkit.backends.execution import LocalChannel, failed, identity
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
@@ -52,6 +61,7 @@ class RunLostError(Exception):
 
 @dataclass(slots=True)
 class _Run:
+    task: Task
     lane: asyncio.Task[None]
     job: RunningJob
     channel: LocalChannel
@@ -223,8 +233,8 @@ class AsyncBackend(Backend):
                 task = self._tasks.popleft()
                 job_id = task.id
                 channel = LocalChannel(self._say)
-                job = RunningJob(own_copy(task.args), job_id, task.attempt, channel)
-                self._running[job_id] = run = _Run(me, job, channel, self._worker)
+                job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, None, task.resources)
+                self._running[job_id] = run = _Run(task, me, job, channel, self._worker)
             self._begun[job_id] = start = time.time()
             if not brief:  # it may keep the loop for a while, and its time counts from now
                 self._flush()
@@ -263,7 +273,11 @@ class AsyncBackend(Backend):
             run.lane.add_done_callback(self._dying.discard)
             run.lane.cancel()
             run.channel.close()
-            self._note(Failed(job_id, JobCause.LOST, ErrorInfo("Cancelled", "its coroutine was cancelled")))
+            error = ErrorInfo("Cancelled", "its coroutine was cancelled")
+            self._note(Failed(job_id, JobCause.LOST, error, abandoned=True))
+            task = run.task
+            if task.resources:
+                run.lane.add_done_callback(lambda _: self._note(Released(job_id, task.attempt)))
             self._fill_lanes()
 
     def _say(self, events: Sequence[Event]) -> None:

@@ -30,6 +30,16 @@ class Task(Protocol):
     @property
     def attempt(self) -> int: ...
 
+    @property
+    def resources(self) -> dict[str, str]:
+        """The units that this run has to itself, by kind, such as ``{"gpu": "0"}``; mostly none.
+
+        The run gets them as ``RunningJob.resources``. In a process of its own, which runs one job at a time, it also
+        gets what :func:`evalkit.backends.execution.environment` makes of them. Either all the tasks of an evaluator
+        have some or none has, and with them no more tasks are in hand than there are workers.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
@@ -84,7 +94,7 @@ class Backend(ABC):
     What a backend guarantees, and :class:`evalkit.testing.BackendSuite` checks:
 
     - Every task that was dispatched ends by exactly one of ``Done``, ``Failed``, ``Cancelled`` and ``Lost``, unless
-      ``stop`` comes first. After that, nothing more is emitted for that run.
+      ``stop`` comes first. After that, nothing more is emitted for that run, except ``Released`` if it was abandoned.
     - ``Started`` comes when a run starts, since ``job_timeout`` counts from it. It may be left out where the end is
       told at once, with what was measured.
     - Events of one job are emitted in order.

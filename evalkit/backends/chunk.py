@@ -14,6 +14,7 @@ gives back the jobs behind it. So a job that takes longer than ``hold`` is alone
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import threading
@@ -27,7 +28,7 @@ from typing import Any
 from evalkit.backends.base import RunFunction
 from evalkit.backends.chunk_wire import PLAIN, Entry, Kind, Message, Outcome, Packed, Saying
 from evalkit.backends.events import Done, Failed, WorkerIdentity
-from evalkit.backends.execution import describe, failed, identity, run
+from evalkit.backends.execution import describe, failed, identity, run, visible
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.backends.side_channel import SideChannelClient
 from evalkit.errors import SerializationError
@@ -149,8 +150,8 @@ class _Resident:
 
     def run(self, chunk: Any) -> Any:
         """Run the jobs of a chunk."""
-        number, entries = pickle.loads(chunk) if isinstance(chunk, bytes) else chunk
-        chunk_run = _ChunkRun(self, self._thread(), number, entries)
+        number, entries, resources = pickle.loads(chunk) if isinstance(chunk, bytes) else chunk
+        chunk_run = _ChunkRun(self, self._thread(), number, entries, resources)
         if self.ticker is None:
             outcome = chunk_run.run()
         else:
@@ -191,7 +192,9 @@ class _WorkerThread:
             except BaseException as exc:  # noqa: BLE001 - each job says so
                 self._unfit = exc
 
-    def run(self, channel: _ChunkRun, job_id: str, attempt: int, args: Any) -> Done | Failed:
+    def run(
+        self, channel: _ChunkRun, job_id: str, attempt: int, args: Any, resources: dict[str, str] | None = None
+    ) -> Done | Failed:
         if self._unfit is not None:
             return failed(job_id, self._unfit, None, self.worker)
         if type(args) is Packed:
@@ -200,7 +203,8 @@ class _WorkerThread:
             except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything
                 exc.add_note("The arguments of the job could not be rebuilt in the worker.")
                 return failed(job_id, exc, None, self.worker)
-        return run(self._call, RunningJob(args, job_id, attempt, channel, self._state), self.worker)
+        job = RunningJob(args, job_id, attempt, channel, self._state, resources)
+        return run(self._call, job, self.worker)
 
     def rest(self) -> None:
         """No job runs for now: a loop is not kept, since nobody may be there to close it later."""
@@ -230,10 +234,18 @@ class _ChunkRun:
     What the thread of the call and the ticker both take from are deques: each entry goes to one of them.
     """
 
-    def __init__(self, resident: _Resident, thread: _WorkerThread, number: int, entries: list[Entry]) -> None:
+    def __init__(
+        self,
+        resident: _Resident,
+        thread: _WorkerThread,
+        number: int,
+        entries: list[Entry],
+        resources: dict[int, dict[str, str]] | None,
+    ) -> None:
         self._resident = resident
         self._thread = thread
         self._number = number
+        self._resources = resources  # of each job, by its index, if they have any
         self._waiting = deque(entries)
         self._ended: deque[Saying] = deque()
         self._held_bytes = 0
@@ -271,7 +283,10 @@ class _ChunkRun:
             jobs += 1
             self._since = time.time()
             self._index, self._job_id = index, job_id
-            end = self._thread.run(self, job_id, attempt, args)
+            if self._resources is None:
+                end = self._thread.run(self, job_id, attempt, args)
+            else:
+                end = self._run_with(self._resources[index], job_id, attempt, args)
             self._job_id = None
             if os.getpid() != resident.pid:
                 os._exit(0)  # the user's function forked, and this is the child
@@ -288,6 +303,11 @@ class _ChunkRun:
         with self._sending:
             self._closed = True
             return Outcome(tuple(ended), self._messages, jobs, time.perf_counter() - begin, self._thread.worker)
+
+    def _run_with(self, resources: dict[str, str], job_id: str, attempt: int, args: Any) -> Done | Failed:
+        # The environment of a process that we share belongs to all.
+        with contextlib.nullcontext() if self._resident.same_memory else visible(resources):
+            return self._thread.run(self, job_id, attempt, args, resources)
 
     def _pack(self, index: int, end: Done | Failed) -> Saying:
         if isinstance(end, Failed):

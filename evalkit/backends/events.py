@@ -18,6 +18,7 @@ __all__ = [
     "Printed",
     "Progress",
     "Recorded",
+    "Released",
     "Started",
     "WorkerIdentity",
 ]
@@ -69,13 +70,17 @@ class Done:
 
 @dataclass(slots=True)
 class Failed:
-    """The run ended without an output."""
+    """The run ended without an output.
+
+    With ``abandoned`` it counts as ended, and goes on: its resources are in use until ``Released`` is told.
+    """
 
     job_id: str
     cause: JobCause
     error: ErrorInfo
     measured: Measured | None = None
     worker: WorkerIdentity | None = None
+    abandoned: bool = False
 
 
 @dataclass(slots=True)
@@ -93,4 +98,12 @@ class Lost:
     reason: str
 
 
-Event = Started | Progress | Recorded | Printed | Done | Failed | Cancelled | Lost
+@dataclass(slots=True)
+class Released:
+    """A run that was abandoned has ended after all. Told where the task had resources, which are free from now on."""
+
+    job_id: str
+    attempt: int
+
+
+Event = Started | Progress | Recorded | Printed | Done | Failed | Cancelled | Lost | Released

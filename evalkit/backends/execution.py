@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -16,8 +18,19 @@ from evalkit.backends.events import Done, Failed, Measured, Progress, Recorded, 
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob
 
-__all__ = ["LocalChannel", "PeakMemory", "check_worker_init", "describe", "failed", "identity", "run"]
+__all__ = [
+    "LocalChannel",
+    "PeakMemory",
+    "check_worker_init",
+    "describe",
+    "environment",
+    "failed",
+    "identity",
+    "run",
+    "visible",
+]
 
+_VARIABLES = {"gpu": "CUDA_VISIBLE_DEVICES"}  # kind of resource -> what libraries read
 _SHORT = 0.001  # seconds; the peak memory is not asked for after jobs that take less
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -95,6 +108,27 @@ def check_worker_init(worker_init: Any) -> None:
     """Raise ``TypeError`` if this is neither None nor something to call in each worker."""
     if worker_init is not None and not callable(worker_init):
         raise TypeError(f"worker_init takes a callable without parameters, not {worker_init!r}")
+
+
+def environment(resources: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables by which libraries keep to these units: ``CUDA_VISIBLE_DEVICES`` for ``gpu``."""
+    return {variable: resources[kind] for kind, variable in _VARIABLES.items() if kind in resources}
+
+
+@contextlib.contextmanager
+def visible(resources: Mapping[str, str]) -> Iterator[None]:
+    """Have these units in the environment of this process for as long as the block runs."""
+    variables = environment(resources)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class LocalChannel:

@@ -34,7 +34,7 @@ from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.batching import ChunkSizer
 from evalkit.backends.chunk import Program, Setup
 from evalkit.backends.chunk_wire import Kind, Message, Outcome, pack_task, read_saying
-from evalkit.backends.events import Cancelled, Event, Failed, Lost, Started
+from evalkit.backends.events import Cancelled, Event, Failed, Lost, Released, Started
 from evalkit.backends.execution import check_worker_init, describe, failed
 from evalkit.backends.loopback import LoopbackChannel
 from evalkit.backends.serialization import dumps
@@ -263,9 +263,11 @@ class ExecutorBackend(Backend):
     def _abandon(self, call: _Call, index: int) -> None:
         with self._lock:
             task = call.tasks.pop(index, None)
+            if task is not None and task.resources:
+                call.abandoned.append(Released(task.id, task.attempt))
         if task is not None:
             error = ErrorInfo("Abandoned", "this backend cannot end a running job, so it was abandoned")
-            self._emit([Failed(task.id, JobCause.LOST, error)])
+            self._emit([Failed(task.id, JobCause.LOST, error, abandoned=True)])
 
     def stop(self, grace: float) -> None:
         deadline = time.monotonic() + grace
@@ -351,7 +353,9 @@ class ExecutorBackend(Backend):
         if not entries:
             self._trial = False
             return None
-        chunk = (call.number, entries)
+        # Either all tasks have resources or none has.
+        resources = {position: tasks[position].resources for position in call.tasks} if tasks[0].resources else None
+        chunk = (call.number, entries, resources)
         call.jobs = len(entries)
         call.future = self._submit_chunk(chunk if same_memory else pickle.dumps(chunk, 5), call, events)
         if call.future is None:
@@ -497,6 +501,8 @@ class ExecutorBackend(Backend):
 
     def _forget(self, call: _Call) -> None:
         """The last of a call."""
+        if call.abandoned:
+            self._emit(call.abandoned)
         if self._channel is not None:
             for index in call.asked:
                 self._channel.forget(call.number + index)
@@ -622,9 +628,11 @@ class _Call:
         received: how many messages of it have been dealt with.
         outcome: what it returned, if that waits for messages that were sent before.
         left: whether its worker is free.
+        abandoned: what is to be told of its abandoned runs when it returns.
     """
 
     __slots__ = (
+        "abandoned",
         "asked",
         "doomed",
         "executor",
@@ -652,6 +660,7 @@ class _Call:
         self.received = 0
         self.outcome: Outcome | None = None
         self.left = False
+        self.abandoned: list[Event] = []
 
     def ask_to_stop(self, index: int, channel: SideChannel | None) -> None:
         """Once."""

@@ -13,7 +13,7 @@ from typing import Any
 from evalkit.backends.asynchronous import AsyncBackend
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Event, Started
-from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, run
+from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, run, visible
 from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
 try:  # the same without conversion to enums, which takes ten times as long as all the rest, and twice for each job
@@ -34,7 +34,8 @@ class SerialBackend(Backend):
     """A plain function runs in the thread that gathers, in order, so a debugger works; a coroutine function runs on one
     private loop thread, ``num_workers`` at a time.
 
-    A plain function cannot be interrupted: that its ``job_timeout`` has passed is noticed when it returns.
+    A plain function cannot be interrupted: that its ``job_timeout`` has passed is noticed when it returns. While it has
+    resources, they are in the environment of this process.
 
     Args:
         num_workers: how many coroutines at once; of plain functions it is always one.
@@ -187,8 +188,12 @@ class _Inline(Backend):
     def _run(self, task: Task, channel: LocalChannel) -> Event:
         if self._unfit is not None:
             return failed(task.id, self._unfit, None, self._worker)
-        job = RunningJob(own_copy(task.args), task.id, task.attempt, channel, self._state)
-        return run(self._function, job, self._worker)
+        resources = task.resources
+        job = RunningJob(own_copy(task.args), task.id, task.attempt, channel, self._state, resources)
+        if not resources:
+            return run(self._function, job, self._worker)
+        with visible(resources):
+            return run(self._function, job, self._worker)
 
     def stop(self, grace: float) -> None:
         self._waiting.clear()

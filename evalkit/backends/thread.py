@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Released, Started
 from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, run
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob, is_coroutine_function, own_copy
@@ -89,7 +89,8 @@ class ThreadBackend(Backend):
         with self._lock:
             self._add_thread()
             warn, self._warned = not self._warned, True
-        self._emit([Failed(job_id, JobCause.LOST, ErrorInfo("Abandoned", "the thread it runs in was abandoned"))])
+        error = ErrorInfo("Abandoned", "the thread it runs in was abandoned")
+        self._emit([Failed(job_id, JobCause.LOST, error, abandoned=True)])
         if warn:
             text = (
                 f"job {job_id} did not stop when asked; a thread cannot be killed, so it was abandoned and may go on "
@@ -161,11 +162,13 @@ class ThreadBackend(Backend):
                 self._emit(events)
                 events = []
                 if unfit is None:
-                    job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, state)
+                    job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, state, task.resources)
                     end: Done | Failed = run(function, job, worker)
                 else:
                     end = failed(job_id, unfit, None, worker)
                 if self._runs.get(job_id) is not channel or self._runs.pop(job_id, None) is not channel:
+                    if task.resources:
+                        events.append(Released(job_id, task.attempt))
                     return  # abandoned, and another thread has taken this one's place
                 channel.close()
                 events.append(end)

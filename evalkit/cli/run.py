@@ -28,6 +28,7 @@ _FLAGS = {
     "storage": "--storage",
     "search_id": "--search",
     "job_timeout": "--job-timeout",
+    "resources": "--resource",
     "retries": "--retries",
     "callbacks": None,
     "run_function_kwargs": None,
@@ -77,6 +78,13 @@ def run(
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the backend's own; may be repeated.")
+    ] = None,
+    resource: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=U1,U2,…",
+            help="Units of which each running job has one to itself, such as gpu=0,1; repeatable.",
+        ),
     ] = None,
     job_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="A job that runs longer has failed, and is ended.")
@@ -153,6 +161,7 @@ def run(
             (params, grid or [], random, space or [], seed),
             workers,
             option or [],
+            resource or [],
             job_timeout,
             retries,
             storage,
@@ -180,6 +189,7 @@ def _run(
     supply: tuple[str | None, list[str], int | None, list[str], int | None],
     workers: int | None,
     options: list[str],
+    resources: list[str],
     job_timeout: float | None,
     retries: int,
     storage: str,
@@ -196,6 +206,8 @@ def _run(
     from evalkit.plugins import plugins
 
     method_kwargs = _backend_options(options) | _workers(workers, rest["backend"]) | {"retries": retries}
+    if resources:
+        method_kwargs["resources"] = _resources(resources)
     if job_timeout is not None:
         method_kwargs["job_timeout"] = job_timeout
     backend, settings = make_backend(rest["backend"], method_kwargs)
@@ -259,6 +271,21 @@ def _backend_options(options: list[str]) -> dict[str, Any]:
             raise ParametersError(f"--option {entry!r}: {key!r} was given before")
         values[key] = parse_scalar(text)
     return values
+
+
+def _resources(given: list[str]) -> dict[str, list[str]]:
+    from evalkit.errors import ParametersError
+
+    resources: dict[str, list[str]] = {}
+    for entry in given:
+        kind, separator, units = entry.partition("=")
+        kind = kind.strip()
+        if not separator or not kind:
+            raise ParametersError(f"--resource {entry!r}: write KIND=UNIT,UNIT, such as gpu=0,1")
+        if kind in resources:
+            raise ParametersError(f"--resource {entry!r}: {kind!r} was given before; write all its units in one list")
+        resources[kind] = [unit.strip() for unit in units.split(",")]
+    return resources
 
 
 def _workers(given: int | None, backend: str) -> dict[str, int]:

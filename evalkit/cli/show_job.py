@@ -7,6 +7,7 @@ import time
 from rich.text import Text
 
 from evalkit.cli.console import out
+from evalkit.cli.records import job_of
 from evalkit.errors import SearchNotFoundError
 from evalkit.storage.base import JobRecord, Storage
 
@@ -36,8 +37,14 @@ def show_job(storage: Storage, record: JobRecord) -> None:
         facts["cause"] = record.cause.value
     facts["created"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
     facts |= {key: record.metadata[key] for key in ("worker", "host", "pid") if key in record.metadata}
+    if record.metadata.get("resources"):
+        facts["resources"] = ", ".join(f"{kind} {unit}" for kind, unit in job_of(record).resources.items())
     if record.attempt:
         facts["attempt"] = record.attempt
+    for one in job_of(record).attempts:
+        took = "" if one.duration is None else f" after {one.duration:,.6g} s"
+        where = "" if one.worker is None else f" on {one.worker} of {one.host}"
+        facts[f"attempt {one.attempt} ended"] = f"{one.cause.value}{took}{where}: {one.error}: {one.message}"
     for key, unit in (("duration", "s"), ("cpu_time", "s"), ("peak_rss", "bytes")):
         if key in record.metadata:
             facts[key] = f"{record.metadata[key]:,.6g} {unit}" if unit == "s" else f"{record.metadata[key]:,} {unit}"

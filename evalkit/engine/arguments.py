@@ -33,6 +33,7 @@ _COMMON = (
     "storage",
     "search_id",
     "job_timeout",
+    "resources",
     "retries",
     "grace",
 )

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from evalkit.backends.base import Backend
+from evalkit.backends.base import Backend, Task
 from evalkit.backends.events import (
     Cancelled,
     Done,
@@ -29,14 +29,17 @@ from evalkit.backends.events import (
     Printed,
     Progress,
     Recorded,
+    Released,
     Started,
 )
 from evalkit.backends.execution import describe
 from evalkit.engine.clock import Clock
+from evalkit.engine.endings import Endings
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.pacing import Pacing
 from evalkit.engine.recorder import Recorder
-from evalkit.engine.retry import RetryPolicy
+from evalkit.engine.resources import Resources
+from evalkit.engine.retry import Retries, RetryPolicy
 from evalkit.engine.waiting import AllWaiter, BatchWaiter, JobWaiter, Waiter
 from evalkit.errors import SearchStoppedError
 from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobLog, JobState
@@ -44,8 +47,6 @@ from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobLog, JobStat
 __all__ = ["Scheduler"]
 
 _log = logging.getLogger("evalkit")
-
-_MAX_LOSSES = 10  # a job whose runs end so often by no fault of its own is not sent again
 
 
 class Scheduler:
@@ -55,6 +56,7 @@ class Scheduler:
         epoch: seconds since the Unix epoch at which its clock reads 0.
         job_timeout: seconds that a run may take; None for no limit.
         grace: seconds between asking a job to stop and its end by force.
+        resources: what running jobs have to themselves; None for nothing.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Scheduler:
         retries: RetryPolicy,
         job_timeout: float | None,
         grace: float,
+        resources: Resources | None = None,
     ) -> None:
         self._backend = backend
         self._recorder = recorder
@@ -76,23 +79,18 @@ class Scheduler:
         self._notifier = notifier
         self._timers = timers
         self.epoch = epoch
-        self._retries = retries
-        self._job_timeout = job_timeout
-        # Backends that kill take up to a second from SIGTERM to SIGKILL; that second is part of the grace.
-        self._patience = max(grace - 1.0, grace / 2)
         self._lock = threading.Lock()
+        self._retries = Retries(retries)
+        self._endings = Endings(backend, timers, self._lock, job_timeout, grace)
+        self._timed = job_timeout is not None
+        self._dooms = self._endings.dooms
+        self._resources = resources
         self._dispatching = threading.Lock()
         self._pump_again = False
         self._out: dict[str, Job] = {}
         self._pending: deque[Job] = deque()
         self._in_backend: dict[str, Job] = {}
         self._finished: dict[str, Job] = {}
-        self._running: dict[str, float] = {}  # id -> monotonic start, oldest first; only with a job_timeout
-        self._timeout_scheduled = False
-        # Running jobs that were asked to stop: id -> why. CANCELLING is in the job's state; the others are out of time.
-        self._dooms: dict[str, str] = {}
-        self._failures: dict[str, list[JobCause]] = {}
-        self._losses: dict[str, int] = {}  # runs that ended by no fault of their job
         self._waiters: list[Waiter] = []
         self._last_number = -1
         self._closed_because: str | None = None
@@ -105,6 +103,7 @@ class Scheduler:
             Failed: self._on_failed,
             Cancelled: self._on_cancelled,
             Lost: self._on_lost,
+            Released: self._on_released,
         }
 
     # -- what the evaluator asks ----------------------------------------------------------------------------------
@@ -273,15 +272,17 @@ class Scheduler:
                 if batch:
                     self._dispatch(batch)
                     # Who cancelled one of them a moment ago may have asked a backend that did not know it yet.
-                    for job in batch if self._dooms else ():
-                        if job.id in self._dooms:
-                            self._backend.cancel(job.id, kill=False)
+                    for task in batch if self._dooms else ():
+                        if task.id in self._dooms:
+                            self._backend.cancel(task.id, kill=False)
+                elif self._resources is not None and self._pending:
+                    self._resources.warn_if_stuck()
             finally:
                 self._dispatching.release()
             if not (self._pump_again or (batch and self._pending)):
                 return
 
-    def _dispatch(self, batch: list[Job]) -> None:
+    def _dispatch(self, batch: Sequence[Task]) -> None:
         try:
             self._backend.dispatch(batch)
         except Exception as exc:  # noqa: BLE001 - whoever submits would pay for it, and whoever gathers would hang
@@ -289,7 +290,7 @@ class Scheduler:
             error = describe(exc)
             self.emit([Failed(job.id, JobCause.LOST, error) for job in batch])
 
-    def _next_batch(self) -> list[Job]:
+    def _next_batch(self) -> Sequence[Task]:
         pending = self._pending
         if not pending:
             return []
@@ -297,16 +298,21 @@ class Scheduler:
             if self._closed_because is not None:
                 return []  # all of them are being cancelled; what goes makes no room for another attempt
             in_backend = self._in_backend
+            resources = self._resources
             room = self._backend.capacity - len(in_backend)
             paced = self._pacing.room(len(in_backend))
             if paced is not None:
                 room = min(room, paced)
+            if resources is not None:
+                # What waited in the backend would keep from others what it does not use yet.
+                at_once = 1 if self._backend.runs_in_caller else self._backend.num_workers
+                room = min(room, at_once - len(in_backend), resources.free)
             batch: list[Job] = []
             while pending and len(batch) < room:
                 first = [pending.popleft() for _ in range(min(room - len(batch), len(pending)))]
                 batch += [job for job in first if job.state is JobState.QUEUED]  # else it was cancelled
             in_backend.update([(job.id, job) for job in batch])
-            return batch
+            return batch if resources is None else [resources.lease(job) for job in batch]
 
     # -- what the backend tells -----------------------------------------------------------------------------------
 
@@ -317,8 +323,10 @@ class Scheduler:
         with self._lock:
             for event in events:
                 job = self._in_backend.get(event.job_id)
-                if job is not None:  # else it was given up
+                if job is not None:
                     handlers[type(event)](turn, job, event)
+                elif type(event) is Released:
+                    self._on_released(turn, None, event)  # else it was given up
             self._conclude(turn)
         self._tell(turn)
         if self._pending:
@@ -352,12 +360,8 @@ class Scheduler:
         job.start(event.time, event.worker)
         turn.changed.append(job)
         turn.progressed.append(job)
-        if self._job_timeout is not None:
-            self._running.pop(job.id, None)
-            self._running[job.id] = time.monotonic()
-            if not self._timeout_scheduled:
-                self._timeout_scheduled = True
-                self._timers.call_later(self._job_timeout, self._check_timeouts)
+        if self._timed:
+            self._endings.started(job)
 
     def _has_run(self, turn: _Turn, job: Job) -> None:
         """It runs, though nobody has told of its start yet; the times come with that, or with what was measured."""
@@ -384,17 +388,15 @@ class Scheduler:
         self._leave_backend(job)
         if self._recorder.durable:
             self._pacing.note(event)
-        if not (self._dooms and self._again(turn, job, None)):
-            self._end(turn, job, JobState.DONE, event, event.output)
+        self._end(turn, job, JobState.DONE, event, event.output)
 
     def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
-        self._leave_backend(job)
+        self._leave_backend(job, event.abandoned)
         self._pacing.note(event)
         if job.state is JobState.QUEUED and event.measured is not None:
             job.start(event.measured[0], event.worker)  # over so soon that nobody told of its start
             turn.progressed.append(job)
-        if not self._again(turn, job, event.cause):
-            self._end(turn, job, JobState.FAILED, event, None, event.error, event.cause)
+        self._end(turn, job, JobState.FAILED, event, None, event.error, event.cause)
 
     def _on_cancelled(self, turn: _Turn, job: Job, event: Cancelled) -> None:
         self._leave_backend(job)
@@ -404,25 +406,29 @@ class Scheduler:
 
     def _on_lost(self, turn: _Turn, job: Job, event: Lost) -> None:
         self._leave_backend(job)
-        if self._dooms and self._again(turn, job, None):
-            return  # it was out of time before it was lost
-        losses = self._losses[job.id] = self._losses.get(job.id, 0) + 1
-        if job.id in self._dooms or job.state is JobState.CANCELLING or losses > _MAX_LOSSES:
-            self._end(turn, job, JobState.FAILED, None, None, ErrorInfo("JobLost", event.reason), JobCause.LOST)
+        error = ErrorInfo("JobLost", event.reason)
+        is_wanted = job.state is not JobState.CANCELLING and job.id not in self._dooms
+        if not (is_wanted and self._retries.after_loss(job.id)):
+            self._end(turn, job, JobState.FAILED, None, None, error, JobCause.LOST)
             return
         # The machine's fault, not the job's: it goes first, and none of its own retries is used up.
         if job.state is JobState.RUNNING:
-            job.retry()
+            self._endings.over(job)
+            job.retry(JobCause.LOST, error, None, turn.now)
         if self._closed_because is not None:
             self._cancel_attempt(turn, job)
             return
         turn.changed.append(job)
         self._pending.appendleft(job)
 
-    def _leave_backend(self, job: Job) -> None:
+    def _on_released(self, turn: _Turn, job: Job | None, event: Released) -> None:
+        if self._resources is not None:
+            self._resources.release(event.job_id, event.attempt)
+
+    def _leave_backend(self, job: Job, abandoned: bool = False) -> None:
         del self._in_backend[job.id]
-        if self._running:
-            self._running.pop(job.id, None)
+        if self._resources is not None:
+            self._resources.give_back(job, abandoned)
 
     def _end(
         self,
@@ -434,49 +440,41 @@ class Scheduler:
         error: ErrorInfo | None = None,
         cause: JobCause | None = None,
     ) -> None:
-        """A job has ended; what that means depends on what was asked of it before."""
-        job_id = job.id
-        doom = self._dooms.pop(job_id, None) if self._dooms else None
+        """A run has ended; what that means depends on what was asked of it before, and on the retries that are left."""
+        doom = self._endings.over(job) if self._dooms or self._timed else None
         if job.state is JobState.CANCELLING:
             state, error, cause = JobState.CANCELLED, None, None
         elif doom is not None:
             state, error, cause = JobState.FAILED, ErrorInfo("JobTimeout", doom), JobCause.TIMEOUT
+        if cause is not None and error is not None and self._again(turn, job, cause, error, run):
+            return
         if self._notifier.active and run is not None and job.state is JobState.QUEUED:
             turn.progressed.append(job)  # it was over so soon that nobody told of its start
         callbacks = job.finish(state, output, error, cause, run, turn.now)
         if callbacks:
             turn.callbacks.append((job, callbacks))
-        del self._out[job_id]
-        self._finished[job_id] = job
-        if self._failures:
-            self._failures.pop(job_id, None)
-        if self._losses:
-            self._losses.pop(job_id, None)
+        del self._out[job.id]
+        self._finished[job.id] = job
+        if self._retries.spent:
+            self._retries.forget(job.id)
         turn.ended.append(job)
 
     # -- other attempts -------------------------------------------------------------------------------------------
 
-    def _again(self, turn: _Turn, job: Job, cause: JobCause | None) -> bool:
-        """Whether a run that ended by ``cause`` is followed by another attempt, which is then under way."""
-        if job.state is JobState.CANCELLING:
+    def _again(self, turn: _Turn, job: Job, cause: JobCause, error: ErrorInfo, run: Done | Failed | None) -> bool:
+        """Whether a run that failed is followed by another attempt, which is then under way."""
+        if job.state is JobState.QUEUED:
+            return False  # it could not even be sent
+        delay = self._retries.after(job.id, cause)
+        if delay is None:
             return False
-        if job.id in self._dooms:
-            cause = JobCause.TIMEOUT
-        if cause is None or job.state is JobState.QUEUED:
-            return False  # it went well, or could not even be sent
-        failures = self._failures.get(job.id, [])
-        before = failures.count(cause)
-        if not self._retries.allows(cause, before):
-            return False
-        self._failures[job.id] = [*failures, cause]
-        self._dooms.pop(job.id, None)
-        job.retry()
+        job.retry(cause, error, run, turn.now)
         if self._closed_because is not None:
             self._cancel_attempt(turn, job)
             return True
         turn.changed.append(job)
-        if self._retries.backoff:
-            self._timers.call_later(self._retries.backoff * 2.0 ** len(failures), self._requeue, job)
+        if delay:
+            self._timers.call_later(delay, self._requeue, job)
         else:
             self._pending.append(job)
         return True
@@ -501,7 +499,7 @@ class Scheduler:
                 return CancelOutcome.TOO_LATE
             if job.state is JobState.CANCELLING:
                 return CancelOutcome.REQUESTED
-            ran = job.state is JobState.RUNNING
+            ran, attempt = job.state is JobState.RUNNING, job.attempt
             job.move(JobState.CANCELLING, reason)
             asked = job.id in self._dooms  # it is out of time; from now on it gets no other attempt either
             sent = job.id in self._in_backend
@@ -513,38 +511,8 @@ class Scheduler:
             self._conclude(turn)
         self._tell(turn)
         if sent and not asked:
-            self._backend.cancel(job.id, kill=False)
-            if job.id in self._out:
-                self._timers.call_later(self._patience, self._kill, job, job.attempt)
+            self._endings.ask(job, attempt)
         return CancelOutcome.REQUESTED if ran or job.id in self._out else CancelOutcome.CANCELLED
-
-    def _check_timeouts(self) -> None:
-        limit = self._job_timeout
-        if limit is None:
-            return
-        due: list[tuple[Job, int]] = []
-        with self._lock:
-            now = time.monotonic()
-            self._timeout_scheduled = False
-            for job_id, since in self._running.items():
-                if now - since < limit:
-                    self._timeout_scheduled = True
-                    self._timers.call_later(since + limit - now, self._check_timeouts)
-                    break
-                job = self._in_backend[job_id]
-                due.append((job, job.attempt))
-            for job, _ in due:
-                del self._running[job.id]
-                self._dooms.setdefault(job.id, f"it ran longer than job_timeout={limit:g} s")
-        for job, attempt in due:
-            self._backend.cancel(job.id, kill=False)
-            self._timers.call_later(self._patience, self._kill, job, attempt)
-
-    def _kill(self, job: Job, attempt: int) -> None:
-        with self._lock:
-            if job.id not in self._dooms or job.attempt != attempt:
-                return  # it has ended; what runs by now is another attempt
-        self._backend.cancel(job.id, kill=True)
 
 
 class _Turn:

@@ -11,6 +11,7 @@ pytest.register_assert_rewrite(
     "evalkit.testing.backend_failures",
     "evalkit.testing.backend_gather",
     "evalkit.testing.backend_programs",
+    "evalkit.testing.backend_resources",
     "evalkit.testing.backend_values",
 )
 
@@ -24,6 +25,7 @@ from evalkit.testing.backend_failures import (  # noqa: E402
 )
 from evalkit.testing.backend_gather import BackendCallbacks, BackendGather, BackendSurroundings  # noqa: E402
 from evalkit.testing.backend_programs import BackendPrograms  # noqa: E402
+from evalkit.testing.backend_resources import BackendResources  # noqa: E402
 from evalkit.testing.backend_values import BackendFunctions, BackendValues  # noqa: E402
 
 __all__ = ["BackendSuite"]
@@ -44,6 +46,7 @@ class BackendSuite(
     BackendFunctions,
     BackendEvents,
     BackendPrograms,
+    BackendResources,
 ):
     """The conformance suite of :class:`evalkit.backends.Backend`.
 

@@ -215,6 +215,8 @@ class BackendRetries(BackendFixtures):
         assert [job.output for job in jobs] == [0, 1, None]
         assert [job.attempt for job in jobs] == [0, 1, 1]
         assert jobs[2].cause is JobCause.CRASH
+        assert [[one.cause for one in job.attempts] for job in jobs] == [[], [JobCause.CRASH], [JobCause.CRASH]]
+        assert all(one.error and one.duration is not None for job in jobs for one in job.attempts)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a backend that abandons jobs warns of it

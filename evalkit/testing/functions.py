@@ -37,6 +37,7 @@ __all__ = [
     "add_one",
     "admit",
     "ask",
+    "await_others",
     "big",
     "chatter",
     "counting_init",
@@ -44,10 +45,12 @@ __all__ = [
     "die_at_first",
     "die_beside",
     "echo",
+    "end_in_some_way",
     "end_somehow",
     "exploding_init",
     "fail_at_first",
     "fail_with_records",
+    "follow",
     "heed",
     "hold",
     "linger",
@@ -56,6 +59,7 @@ __all__ = [
     "mark",
     "meddle",
     "nap",
+    "occupy",
     "report_nan",
     "report_too_far",
     "return_kind",
@@ -512,3 +516,58 @@ async def slow_square(job: RunningJob) -> float:
     """A coroutine function, as users write them."""
     await asyncio.sleep(0.01)
     return float(job["x"] ** 2)
+
+
+# -- resources --------------------------------------------------------------------------------------------------------
+
+
+def occupy(job: RunningJob) -> Steps:
+    """Have each unit to itself for a moment, or fail; return the resources, and which GPU libraries would see."""
+    os.makedirs(job["units"], exist_ok=True)
+    marks = [os.path.join(job["units"], f"{kind}-{unit}") for kind, unit in job.resources.items()]
+    for mark in marks:
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+    yield
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for mark in marks:
+        os.unlink(mark)
+    return {"resources": job.resources, "visible": visible}
+
+
+def await_others(job: RunningJob) -> Steps:
+    """Return how many of the jobs that share the directory ``others`` ran at once, this one included."""
+    os.makedirs(job["others"], exist_ok=True)
+    mine = os.path.join(job["others"], os.path.basename(job["started"]))
+    _touch(mine)
+    count = len(os.listdir(job["others"]))
+    _touch(job["started"], str(os.getpid()))
+    yield from _until(job["release"])
+    count = max(count, len(os.listdir(job["others"])))
+    os.unlink(mine)
+    return count
+
+
+def end_in_some_way(job: RunningJob) -> Any:
+    """End as ``way`` says."""
+    way = job["way"]
+    if way.endswith("at first") and job.attempt:
+        way = "return"
+    if way.startswith("raise"):
+        raise ValueError(way)
+    if way.startswith("die"):
+        os._exit(5)
+    if way == "exit":
+        raise SystemExit(3)
+    return threading.Lock() if way == "unknown output" else way
+
+
+def follow(job: RunningJob) -> Steps:
+    """Return whether the file ``before`` exists when this starts; or, without it, as :func:`hold`, and create the file
+    ``over`` at the end, however it comes.
+    """
+    if "before" in job:
+        return os.path.exists(job["before"])
+    try:
+        return (yield from hold(job))
+    finally:
+        _touch(job["over"])

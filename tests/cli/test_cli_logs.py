@@ -84,6 +84,15 @@ def test_show_a_job(talk: Any) -> None:
     assert "no search" in talk("show", "nothing.3", code=2).stderr
 
 
+def test_show_a_job_with_its_resources_and_attempts(talk: Any) -> None:
+    talk("run", "talk.py:talk", "--grid", "x=2", "--retries", "1", "--resource", "gpu=3", "--search", "s", code=1)
+    lines = [" ".join(line.split()) for line in talk("show", "s.0").stdout.splitlines()]
+    assert "resources gpu 3" in lines
+    assert "attempt 1" in lines
+    (ended,) = [line for line in lines if line.startswith("attempt 0 ended CRASH after ")]
+    assert "WorkerDied: worker process" in ended
+
+
 def test_job_memory_as_an_option(shell: Any) -> None:
     (shell.folder / "big.py").write_text("""
 import time

@@ -160,3 +160,18 @@ def test_csv_on_standard_input_is_refused_and_leaves_no_search(shell):
     assert "standard input, line 1: this is not JSON" in done.stderr
     assert "to resume" not in done.stderr
     assert len(shell("ls").stdout.splitlines()) == 1
+
+
+def test_resources_are_given_out_and_bad_ones_refused(shell):
+    shell("run", "work.py:square", "--grid", "x=1,2,3", "-b", "thread", "--resource", "gpu=0,1", "--search", "s", "-q")
+    assert {job["metadata"]["resources"]["gpu"] for job in shell.exported("s")} <= {"0", "1"}
+    for words, said in (
+        (["gpu"], "write KIND=UNIT,UNIT"),
+        (["gpu=0,0"], "more than once"),
+        (["gpu="], "units of resources['gpu']"),
+        (["gpu=0", "--resource", "gpu=1"], "given before"),
+    ):
+        done = shell("run", "work.py:square", "--grid", "x=1", "--resource", *words, code=2)
+        assert said in " ".join(done.stderr.split())
+    done = shell("run", "work.py:square", "--grid", "x=1", "--option", "resources=1", code=2)
+    assert "--resource" in done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from evalkit import evaluator
-from evalkit.engine import budget, drawing, recorder, scheduler
+from evalkit.engine import budget, drawing, endings, recorder, scheduler
 
 __all__ = ["FakeTime", "fake_time"]
 
@@ -85,7 +85,7 @@ def fake_time() -> Iterator[FakeTime]:
     """Evaluators that are made in here live in fake time."""
     time = FakeTime()
     with ExitStack() as stack:
-        for module in (evaluator, budget, drawing, recorder, scheduler):
+        for module in (evaluator, budget, drawing, endings, recorder, scheduler):
             stack.enter_context(patch.object(module, "time", time))
         stack.enter_context(patch.object(evaluator, "Clock", time.clock))
         yield time

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evalkit import Job, JobCause, JobState, RetryPolicy
-from evalkit.backends import Cancelled, Done, Event, Failed, Lost, Recorded, Started
+from evalkit.backends import Cancelled, Done, Event, Failed, Lost, Recorded, Started, Task
 
 __all__ = ["Expected", "Model"]
 
@@ -32,6 +32,7 @@ class Expected:
     since: float | None = None
     losses: int = 0
     failures: Counter[JobCause] = field(default_factory=Counter)
+    attempts: list[JobCause] = field(default_factory=list)  # why each run but the last did not count
     records: list[dict[str, Any]] = field(default_factory=list)
     gathered: bool = False
 
@@ -45,6 +46,8 @@ class Expected:
         assert found == (self.id, self.state, self.cause, self.attempt), f"{job}, {self}"
         assert job.output == self.output
         assert job.records == self.records
+        assert [(one.attempt, one.cause) for one in job.attempts] == list(enumerate(self.attempts))
+        assert all(one.duration is not None and one.duration >= 0 for one in job.attempts)
         assert (job.error is not None) == (self.state is JobState.FAILED)
         status = job.status
         assert status.duration >= 0
@@ -72,11 +75,13 @@ class Model:
         for place, job_id in enumerate(ids):
             self.jobs[job_id] = Expected(job_id, len(self.jobs), None if jobs is None else jobs[place])
 
-    def dispatched(self, job: Job) -> None:
-        one = self.jobs[job.id]
+    def dispatched(self, task: Task) -> None:
+        one = self.jobs[task.id]
         assert one.state is JobState.QUEUED, "what was cancelled or has ended was dispatched"
-        assert job.attempt == one.attempt
-        one.job, one.in_backend = job, True
+        assert task.attempt == one.attempt
+        one.in_backend = True
+        if isinstance(task, Job):
+            one.job = task
         one.dispatches += 1
 
     def gathered(self, jobs: list[Job]) -> None:
@@ -119,9 +124,9 @@ class Model:
         elif one.losses < _FREE_LOSSES:
             one.losses += 1
             if one.state is JobState.RUNNING:
-                self._again(one)
+                self._again(one, JobCause.LOST)
         else:
-            self._end(one, JobState.FAILED, JobCause.LOST)
+            self._fail(one, JobCause.LOST)
 
     def _fail(self, one: Expected, cause: JobCause) -> None:
         allowed = {
@@ -133,11 +138,12 @@ class Model:
         }
         if one.state is JobState.RUNNING and one.failures[cause] < allowed[cause]:
             one.failures[cause] += 1
-            self._again(one)
+            self._again(one, cause)
         else:
             self._end(one, JobState.FAILED, cause)
 
-    def _again(self, one: Expected) -> None:
+    def _again(self, one: Expected, cause: JobCause) -> None:
+        one.attempts.append(cause)
         one.state, one.attempt, one.late, one.since, one.output = JobState.QUEUED, one.attempt + 1, False, None, None
 
     def _end(self, one: Expected, state: JobState, cause: JobCause | None = None) -> None:

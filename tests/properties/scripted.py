@@ -19,6 +19,7 @@ from evalkit.backends import (
     Lost,
     Progress,
     Recorded,
+    Released,
     Started,
     Task,
     WorkerIdentity,
@@ -58,22 +59,27 @@ class ScriptedBackend(Backend):
         inline: gathers drive it, by ``step``.
         prompt: a cancelled or killed run is told of at once, within ``cancel``; otherwise by a later act.
         deep: how many more tasks than workers it holds.
+        abandons: what is killed goes on, and returns at some time.
     """
 
     capabilities = Capabilities(
         kills_running=True, isolates_crashes=True, same_memory=True, by_value=True, streams=True
     )
 
-    def __init__(self, num_workers: int, time: FakeTime, *, inline: bool, prompt: bool, deep: int) -> None:
+    def __init__(
+        self, num_workers: int, time: FakeTime, *, inline: bool, prompt: bool, deep: int, abandons: bool = False
+    ) -> None:
         super().__init__(num_workers)
         self.runs_in_caller = inline
         self.runs: dict[str, Run] = {}
+        self.abandoned: list[Run] = []
         self.watcher = Watcher()
         self.rng = random.Random(0)
         self.stopped = False
         self._time = time
         self.prompt = prompt
         self._deep = deep
+        self._abandons = abandons
         self._acts = 0
 
     # -- what the evaluator asks ----------------------------------------------------------------------------------
@@ -126,17 +132,22 @@ class ScriptedBackend(Backend):
 
     def _note(self, event: Event) -> None:
         run = self.runs.get(event.job_id)
+        if isinstance(event, Released):
+            self.abandoned = [one for one in self.abandoned if (one.task.id, one.attempt) != _run_of(event)]
+            return
         if run is None:
             return  # a message nobody waits for
         if isinstance(event, Started):
             run.running = True
         elif not isinstance(event, Progress | Recorded):
             del self.runs[event.job_id]
+            if isinstance(event, Failed) and event.abandoned:
+                self.abandoned.append(run)
 
     def _own_end(self, run: Run) -> Event:
         if run.dropped:
             return Cancelled(run.task.id)
-        return Failed(run.task.id, JobCause.LOST, ErrorInfo("Killed", "it was asked for"))
+        return Failed(run.task.id, JobCause.LOST, ErrorInfo("Killed", "it was asked for"), abandoned=self._abandons)
 
     def waiting(self) -> list[Run]:
         return [run for run in self.runs.values() if not run.running and not run.dropped]
@@ -167,6 +178,7 @@ class ScriptedBackend(Backend):
         due = [run for run in self.runs.values() if run.dropped or run.killed]
         running, waiting = self.running(), self.waiting()
         events: list[Event] = [self._own_end(run) for run in due if self.rng.random() < 0.7]
+        events += [Released(run.task.id, run.attempt) for run in self.abandoned if self.rng.random() < 0.3]
         if waiting and len(running) < self.num_workers and self.rng.random() < 0.7:
             events.append(self.started(waiting[0]))
             if self.rng.random() < 0.2:
@@ -178,9 +190,13 @@ class ScriptedBackend(Backend):
                 events.append(self.rng.choice(self.ends(run)))
         if events:
             self.send(*events)
-        elif self.runs:
+        elif self.runs or self.abandoned:
             self._time.advance(self.rng.choice([0.0, 0.25, 1.0]))
         else:
             wait = self._time.next_due - self._time.now
             assert wait < 1e6, "a gather waits for what never comes"
             self._time.advance(wait)
+
+
+def _run_of(event: Released) -> tuple[str, int]:
+    return event.job_id, event.attempt

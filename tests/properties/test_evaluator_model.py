@@ -48,6 +48,8 @@ settings_of_an_evaluator = st.fixed_dictionaries(
         "job_timeout": st.sampled_from([None, 1.0 + 1 / 256]),
         "raises": st.booleans(),
         "acts": st.booleans(),
+        "units": st.sampled_from([0, 0, 1, 2, 4]),
+        "abandons": st.booleans(),
     }
 )
 
@@ -131,8 +133,14 @@ class Rig:
         self.over = False  # nothing more is taken in
         self.stopped = False
         self.backend = ScriptedBackend(
-            given["num_workers"], time, inline=self.inline, prompt=given["prompt"], deep=given["deep"]
+            given["num_workers"],
+            time,
+            inline=self.inline,
+            prompt=given["prompt"],
+            deep=given["deep"],
+            abandons=given["abandons"],
         )
+        self.units = given["units"]
         watcher = self.backend.watcher
         watcher.sent, watcher.dispatched, watcher.asked, watcher.killed = self._sent, self._take, self._ask, self._kill
         self.observer = Observer(self)
@@ -148,6 +156,7 @@ class Rig:
             job_timeout=self.job_timeout,
             retries=given["policy"],
             grace=GRACE,
+            resources={"gpu": range(self.units)} if self.units else None,
         )
         time.before.append(self._tick)
 
@@ -158,7 +167,6 @@ class Rig:
 
     def _take(self, task: Task) -> None:
         self._know()
-        assert isinstance(task, Job)
         self.model.dispatched(task)
 
     def _know(self) -> None:
@@ -334,7 +342,21 @@ class Rig:
             if self.job_timeout is not None and run.asked is None:
                 assert self.time.now - one.since < self.job_timeout, "past its time, and nobody asked it to stop"
         # Fewer, where a job waits for another attempt, or for the ends of others to be stored.
-        assert len(self.backend.runs) <= min(self.backend.capacity, len(model.out))
+        room = self.backend.capacity
+        if self.units:
+            self._check_resources()
+            at_once = 1 if self.inline else self.backend.num_workers
+            room = min(room, at_once, self.units - len(self.backend.abandoned))
+        assert len(self.backend.runs) <= min(room, len(model.out))
+
+    def _check_resources(self) -> None:
+        runs = [*self.backend.runs.values(), *self.backend.abandoned]
+        units = [run.task.resources["gpu"] for run in runs]
+        assert len(set(units)) == len(units), "two runs have the same unit"
+        for run in self.backend.runs.values():
+            one = self.model.jobs[run.task.id]
+            if one.job is not None:
+                assert one.job.resources == run.task.resources, "it runs on one unit and records another"
 
 
 class EvaluatorMachine(RuleBasedStateMachine):

@@ -82,7 +82,7 @@ def test_whatever_is_asked_only_legal_transitions_happen_and_terminal_states_are
             elif what == "start":
                 job.start(value)
             elif what == "retry":
-                job.retry()
+                job.retry(JobCause.CRASH, ErrorInfo("WorkerDied", "it died"))
             else:
                 job.note_progress(value, "on")
         except IllegalTransitionError:

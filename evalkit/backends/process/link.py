@@ -41,6 +41,7 @@ class WorkerLink:
         given: how many tasks it was ever given.
         doomed: the id of the job because of which it is being killed.
         retiring: it gets no more tasks, and ends after the last.
+        resources: what the jobs that it runs have to themselves, from its first such job to its end.
         born: when it was started, on the monotonic clock.
         listens_for_room: whether the crew waits for room in its socket.
     """
@@ -53,6 +54,7 @@ class WorkerLink:
         self.given = 0
         self.doomed: str | None = None
         self.retiring = False
+        self.resources: dict[str, str] | None = None
         self.inflight_bytes = 0
         self.listens_for_room = False
         self.born = time.monotonic()
@@ -94,6 +96,12 @@ class WorkerLink:
         """Send a message that is pickled already."""
         self._queue(frame(kind, payload))
         self.flush()
+
+    def bind(self, resources: dict[str, str]) -> None:
+        """Every task from here on has these resources."""
+        if self.resources is None:
+            self.resources = resources
+            self.send(Kind.RESOURCES, resources)
 
     def give(self, tasks: list[Task]) -> list[tuple[Task, SerializationError]]:
         """Send tasks; return those that do not pickle, with why."""

@@ -212,6 +212,9 @@ class ProcessBackend(Backend):
             lost, self._backlog = self._backlog, {}
             self._emit([Failed(job_id, JobCause.EXCEPTION, self._broken) for job_id in lost])
             return
+        if next(iter(self._backlog.values())).resources:
+            self._fill_with_resources()
+            return
         depth = self._depth
         # A worker that holds more than half of its share is left alone: tasks go out in batches.
         links = [link for link in self._crew.links.values() if len(link.inflight) <= depth // 2 and link.ready]
@@ -227,20 +230,44 @@ class ProcessBackend(Backend):
             share = -(-len(self._backlog) // (len(links) - index))
             count = min(depth - held, share, self._max_jobs - link.given)
             if count > 0:
-                self._give(link, count, events)
+                self._give(link, self._take(count), events)
             if link.given >= self._max_jobs:
                 link.retiring = True
         if events:
             self._emit(events)
 
-    def _give(self, link: WorkerLink, count: int, events: list[Event]) -> None:
+    def _fill_with_resources(self) -> None:
+        """Give tasks to the workers that have their resources, or none yet: a worker keeps to its first.
+
+        What a library has found of a device it does not look for again in the same process, whatever the environment
+        says by then. Resources that are free are given out in one order, so there are no more of them in use than
+        workers, and each has its worker or finds one.
+        """
+        events: list[Event] = []
+        idle = [link for link in self._crew.links.values() if link.ready and not link.inflight]
+        for task in list(self._backlog.values()):
+            fitting = [link for link in idle if link.resources == task.resources]
+            fitting += [link for link in idle if link.resources is None]
+            if not fitting:
+                continue
+            link = fitting[0]
+            idle.remove(link)
+            link.bind(task.resources)
+            self._give(link, [self._backlog.pop(task.id)], events)
+            link.retiring = link.given >= self._max_jobs
+        if events:
+            self._emit(events)
+
+    def _take(self, count: int) -> list[Task]:
         backlog = self._backlog
         if count >= len(backlog):
             tasks = list(backlog.values())
             backlog.clear()
-        else:
-            ids = list(islice(backlog, count))
-            tasks = [backlog.pop(job_id) for job_id in ids]
+            return tasks
+        ids = list(islice(backlog, count))
+        return [backlog.pop(job_id) for job_id in ids]
+
+    def _give(self, link: WorkerLink, tasks: list[Task], events: list[Event]) -> None:
         idle = not link.inflight
         for task, exc in link.give(tasks):
             events.append(failed(task.id, exc, None, None))

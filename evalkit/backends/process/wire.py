@@ -31,6 +31,7 @@ class Kind(IntEnum):
     STOP = 3  # id: ask this job to stop
     DROP = 4  # (n, generation): forget the last n tasks
     QUIT = 5
+    RESOURCES = 13  # {kind: unit}: of all tasks that follow
     # worker -> pool
     READY = 6  # pid
     UNFIT = 7  # ErrorInfo: the worker cannot start

@@ -21,7 +21,7 @@ from collections import deque
 from typing import Any
 
 from evalkit.backends.base import RunFunction
-from evalkit.backends.execution import PeakMemory, describe
+from evalkit.backends.execution import PeakMemory, describe, environment
 from evalkit.backends.process.capture import Capture, flush_all
 from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer, dumps, explain, loads
@@ -110,6 +110,7 @@ class _Worker:
         self._is_fork = False  # of the worker, made by the user's function: the socket is not its own
         os.register_at_fork(after_in_child=self._note_fork)
         self._state: Any = None
+        self._resources: dict[str, str] | None = None
         self._packer = Packer("output")
         self._quit = False
 
@@ -143,6 +144,8 @@ class _Worker:
                 count, self._generation = pickle.loads(payload)
                 for _ in range(count):
                     self._tasks.pop()
+            elif kind == Kind.RESOURCES:
+                self._resources = pickle.loads(payload)
             elif kind == Kind.QUIT:
                 self._quit = True
 
@@ -227,6 +230,8 @@ class _Worker:
 
     def _work(self, job_id: str, attempt: int, args: Any) -> None:
         self._channel.begin(job_id)
+        if self._resources is not None:
+            os.environ.update(environment(self._resources))  # each time: jobs may have changed it
         start, cpu = time.time(), time.process_time()
         try:
             try:
@@ -234,7 +239,7 @@ class _Worker:
             except BaseException as exc:
                 exc.add_note("The arguments of the job could not be rebuilt in the worker.")
                 raise
-            job = RunningJob(parameters, job_id, attempt, self._channel, self._state)
+            job = RunningJob(parameters, job_id, attempt, self._channel, self._state, self._resources)
             output = self._call(job)
             if self._is_fork:
                 os._exit(0)
