@@ -105,7 +105,7 @@ class RayChannel(SideChannel):
         self._received: _Position = ("", 0)
         self._stops: set[int] = set()
         self._last: dict[str, int] = {}  # worker -> the number of its last message
-        self._closed = False
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="evalkit-ray-channel", daemon=True)
 
     def start(self, receive: Any) -> None:
@@ -119,7 +119,7 @@ class RayChannel(SideChannel):
 
     def forget(self, run: int) -> None:
         self._stops.discard(run)
-        if not self._closed and ray.is_initialized():
+        if not self._closed.is_set() and ray.is_initialized():
             self._actor.forget.remote(run)
 
     def drain(self, timeout: float) -> None:
@@ -137,9 +137,9 @@ class RayChannel(SideChannel):
             )
 
     def close(self) -> None:
-        if self._closed:
+        if self._closed.is_set():
             return
-        self._closed = True
+        self._closed.set()
         if ray.is_initialized():
             with contextlib.suppress(Exception):  # Ray may be going away itself
                 ray.kill(self._actor)
@@ -147,14 +147,14 @@ class RayChannel(SideChannel):
             self._thread.join(_CLOSE_TIMEOUT)
 
     def _serve(self) -> None:
-        while not self._closed and ray.is_initialized():
+        while not self._closed.is_set() and ray.is_initialized():
             try:
                 received, letters = self._actor.fetch.remote(self._received).future().result()
             except Exception as exc:  # noqa: BLE001 - whatever it is, there is nothing to fetch for now
-                if self._closed:
+                if self._closed.is_set():
                     return
                 _log.warning("the side channel through Ray was lost and is made again: %s", exc)
-                time.sleep(_RESTART_PAUSE)
+                self._closed.wait(_RESTART_PAUSE)
                 if ray.is_initialized():
                     with contextlib.suppress(Exception):
                         self._actor.ask.remote(set(self._stops))
