@@ -63,7 +63,7 @@ def test_plugins_are_listed_and_broken_ones_explained(shell):
     assert table["process"][1:3] == ["backend", "evalkit"]
     assert "kills running" in table["process"][4]
     assert table["wonky"] == ["wonky", "broken", "wonky", "1.2", "", "RuntimeError: out of order"]
-    assert table["ray"][2] == "not installed"
+    assert table["redis://"][2] == "not installed"
     process = shell.start("plugins", "--traceback")
     assert 'wonky.py", line 1' in process.communicate(timeout=30)[1]
 
