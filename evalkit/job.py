@@ -214,6 +214,11 @@ class Job:
         return self._state is JobState.FAILED
 
     @property
+    def has_started(self) -> bool:
+        """Whether its present attempt runs, or ran."""
+        return self._measured is not None
+
+    @property
     def objective(self) -> Any:
         """What :func:`objective_of` reads out of the output."""
         return objective_of(self.output)
@@ -348,7 +353,12 @@ class Job:
         return self._owner.wait_job(self, timeout)
 
     def cancel(self) -> CancelOutcome:
-        """Cancel it, from any thread; say what that did."""
+        """Cancel it, from any thread; say what that did. What it had recorded comes back with it.
+
+        Returns:
+            CANCELLED if it does not run, and never will (an attempt before may have); REQUESTED if it runs, or may have
+            begun to, and is asked to stop, then ended, as far as its backend can; TOO_LATE if it had ended before.
+        """
         if self.is_complete or self._owner is None:
             return CancelOutcome.TOO_LATE
         return self._owner.cancel_job(self)

@@ -153,6 +153,6 @@ class JobStatus:
 class CancelOutcome(StrEnum):
     """What a call of ``job.cancel()`` did."""
 
-    CANCELLED = "CANCELLED"  # it never ran and never will
-    REQUESTED = "REQUESTED"  # it runs, and was asked to stop
+    CANCELLED = "CANCELLED"  # it does not run and never will
+    REQUESTED = "REQUESTED"  # it runs, or may have begun to, and was asked to stop
     TOO_LATE = "TOO_LATE"  # it had ended before

@@ -512,7 +512,10 @@ class Scheduler:
         self._tell(turn)
         if sent and not asked:
             self._endings.ask(job, attempt)
-        return CancelOutcome.REQUESTED if ran or job.id in self._out else CancelOutcome.CANCELLED
+        # It may have started, and even ended, between the look at its state and the word to the backend.
+        if ran or job.has_started or job.id in self._out:
+            return CancelOutcome.REQUESTED
+        return CancelOutcome.CANCELLED
 
 
 class _Turn:
