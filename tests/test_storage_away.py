@@ -118,6 +118,47 @@ with tempfile.TemporaryDirectory() as folder:
     assert done.stdout == "2 9\n", done.stderr
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_moved_away_and_back(replaced: bool, tmp_path: Path) -> None:
+    """SQLite alone would go on without a word, and write to what nobody can open."""
+    path = tmp_path / "study.db"
+    held = Held()
+    with Evaluator.create(held, "thread", {"storage": f"sqlite:///{path}"}) as evaluator:
+        evaluator.submit([{"x": 1}])
+        assert gathered(evaluator) == [1]
+        evaluator.submit([{"x": x} for x in range(2, 5)])
+        path.rename(tmp_path / "elsewhere.db")
+        if replaced:
+            path.touch()
+        held.go.set()
+        with pytest.raises(StorageUnavailableError, match=r"study\.db was deleted, moved or replaced"):
+            evaluator.gather("ALL")
+        with pytest.raises(StorageUnavailableError, match="put it back"):
+            evaluator.submit([{"x": 9}])
+        (tmp_path / "elsewhere.db").rename(path)
+        assert gathered(evaluator) == [2, 3, 4]
+        search_id = evaluator.search_id
+    with Evaluator.create(echo, "serial", {"storage": f"sqlite:///{path}", "search_id": search_id}) as reader:
+        assert sorted(job.output for job in reader.gather_other_jobs_done()) == [1, 2, 3, 4]
+
+
+def test_a_file_that_is_deleted_costs_no_result_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    evaluator = Evaluator.create(echo, "thread", {"storage": f"sqlite:///{path}"})
+    (job,) = evaluator.submit([{"x": 1}])
+    assert job.wait(30.0)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with contextlib.suppress(StorageUnavailableError):
+        evaluator.gather("ALL")  # it may have been stored in time
+    assert job.output == {"x": 1}
+    with pytest.raises(StorageUnavailableError, match="deleted"):
+        evaluator.submit([{"x": 2}])
+    with contextlib.suppress(StorageUnavailableError):
+        evaluator.close()
+    assert not path.exists()
+
+
 def test_a_server_that_is_stopped_and_started_again(tmp_path: Path) -> None:
     for module in ("pgserver", "psycopg"):
         if importlib.util.find_spec(module) is None:

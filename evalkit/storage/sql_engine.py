@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
-from evalkit.errors import PluginNotInstalledError, StorageFormatError
+from evalkit.errors import PluginNotInstalledError, StorageFormatError, StorageUnavailableError
 from evalkit.storage.sql_errors import is_locked, storage_error
 from evalkit.storage.sql_schema import SCHEMA_VERSION, Statements, statements_for
 from evalkit.storage.sql_url import SQLAddress
@@ -47,6 +47,7 @@ class _Slot:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.connection: Any = None
+        self.file: tuple[int, int] | None = None  # the device and inode of the file of SQLite that it has open
 
 
 class _Connections:
@@ -73,6 +74,7 @@ class Database:
         self._address = address
         self._timeout = address.timeout
         self._is_sqlite = address.path is not None
+        self._file_name = None if address.path is None else os.fspath(address.path)
         try:
             engine = sa.create_engine(
                 address.url, poolclass=NullPool, **({"paramstyle": "named"} if self._is_sqlite else {})
@@ -115,6 +117,8 @@ class Database:
             if self._is_sqlite:
                 cursor.execute("BEGIN IMMEDIATE")  # the driver's own would take the lock at the first write, too late
             result = work(cursor)
+            if self._is_sqlite:
+                self._check_file(slot)
             committing = True
             connection.commit()
         except self._error as exc:
@@ -128,6 +132,23 @@ class Database:
         else:
             return result
         return self._write(slot, work)  # its connection is gone: this time it opens one
+
+    def _check_file(self, slot: _Slot) -> None:
+        """Raise if the file has gone: SQLite would go on to write to what nobody can ever open again."""
+        if self._file() != slot.file:
+            raise StorageUnavailableError(
+                f"{self._address.path} was deleted, moved or replaced while it was in use, so nothing is written: put "
+                "it back, or stop and start again with another file"
+            )
+
+    def _file(self) -> tuple[int, int] | None:
+        if self._file_name is None:
+            return None
+        try:
+            status = os.stat(self._file_name)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def read(self, work: Callable[[Cursor], T]) -> T:
         """Run ``work(cursor)``, each statement of which sees what was committed when it began.
@@ -197,6 +218,7 @@ class Database:
             while slot.connection is None:
                 try:
                     slot.connection = self._connect()
+                    slot.file = self._file()
                 except self._error as exc:
                     # While another process makes the database or its write-ahead log, SQLite does not wait by itself.
                     if not is_locked(exc) or time.monotonic() >= deadline:
