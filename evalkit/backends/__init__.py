@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from evalkit.backends.asynchronous import AsyncBackend, RunFailedError, RunLostError
     from evalkit.backends.calls import pack_call, read_answer, run_call
     from evalkit.backends.chunk import Program
+    from evalkit.backends.execution import environment
     from evalkit.backends.executor import ExecutorBackend, Fault, Reach
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
 
@@ -54,6 +55,7 @@ __all__ = [
     "Started",
     "Task",
     "WorkerIdentity",
+    "environment",
     "pack_call",
     "read_answer",
     "run_call",
@@ -69,6 +71,7 @@ _MODULES = {
     "RunLostError": "asynchronous",
     "SideChannel": "side_channel",
     "SideChannelClient": "side_channel",
+    "environment": "execution",
     "pack_call": "calls",
     "read_answer": "calls",
     "run_call": "calls",

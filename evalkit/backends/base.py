@@ -35,7 +35,7 @@ class Task(Protocol):
         """The units that this run has to itself, by kind, such as ``{"gpu": "0"}``; mostly none.
 
         The run gets them as ``RunningJob.resources``. In a process of its own, which runs one job at a time, it also
-        gets what :func:`evalkit.backends.execution.environment` makes of them. Either all the tasks of an evaluator
+        gets what :func:`evalkit.backends.environment` makes of them. Either all the tasks of an evaluator
         have some or none has, and with them no more tasks are in hand than there are workers.
         """
         ...

@@ -9,7 +9,7 @@ from typing import Any
 from evalkit.backends.asynchronous import RunFailedError
 from evalkit.backends.base import RunFunction
 from evalkit.backends.events import Done, Failed, Progress, Recorded
-from evalkit.backends.execution import failed, identity, run
+from evalkit.backends.execution import failed, identity, run, visible
 from evalkit.backends.serialization import dumps, explain, loads
 from evalkit.errors import SerializationError
 from evalkit.job import JobCause
@@ -26,27 +26,30 @@ def pack_call(run_function: RunFunction, job: RunningJob) -> bytes:
     """
     function = dumps(run_function, "run_function", function=True, in_band=True)[0]
     args = dumps(job.parameters, "args", in_band=True)[0]
-    return dumps((function, args, job.id, job.attempt), "call", in_band=True)[0]
+    return dumps((function, args, job.id, job.attempt, job.resources), "call", in_band=True)[0]
 
 
 def run_call(call: bytes, channel: Channel | None = None) -> bytes:
     """In the worker: run what :func:`pack_call` packed. Whatever it raises or returns, this returns the answer.
+
+    The resources of the job are in the environment of this process meanwhile, so it runs one call at a time.
 
     Args:
         call: what was packed.
         channel: the way back while it runs; without one, progress and records come with the answer, and no request to
             stop gets there.
     """
-    function_data, args_data, job_id, attempt = loads(call)
+    function_data, args_data, job_id, attempt, resources = loads(call)
     worker = identity("call")
     collector = _Collector()
     try:
         function, args = loads(function_data), loads(args_data)
-        job = RunningJob(args, job_id, attempt, collector if channel is None else channel)
+        job = RunningJob(args, job_id, attempt, collector if channel is None else channel, None, resources)
     except BaseException as exc:  # noqa: BLE001 - the function or the arguments cannot be rebuilt here
         end: Done | Failed = failed(job_id, exc, None, worker)
     else:
-        end = run(_plain(function), job, worker)
+        with visible(resources):
+            end = run(_plain(function), job, worker)
     try:
         return dumps((collector.said, end), "output", in_band=True)[0]
     except SerializationError as exc:

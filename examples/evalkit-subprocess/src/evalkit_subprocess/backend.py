@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evalkit import ErrorInfo, JobCause, RunningJob
-from evalkit.backends import AsyncBackend, Capabilities, RunFailedError
+from evalkit.backends import AsyncBackend, Capabilities, RunFailedError, environment
 
 __all__ = ["SubprocessBackend"]
 
@@ -77,6 +77,7 @@ class SubprocessBackend(AsyncBackend):
                 stderr=PIPE,
                 limit=_LONGEST_LINE,
                 cwd=self._cwd,
+                env=os.environ | environment(job.resources),
                 start_new_session=True,  # so that all of it can be ended
             )
             self._processes[job.id] = process
