@@ -274,6 +274,7 @@ def _backend_options(options: list[str]) -> dict[str, Any]:
 
 
 def _resources(given: list[str]) -> dict[str, list[str]]:
+    from evalkit.engine.resources import check_resources
     from evalkit.errors import ParametersError
 
     resources: dict[str, list[str]] = {}
@@ -285,6 +286,7 @@ def _resources(given: list[str]) -> dict[str, list[str]]:
         if kind in resources:
             raise ParametersError(f"--resource {entry!r}: {kind!r} was given before; write all its units in one list")
         resources[kind] = [unit.strip() for unit in units.split(",")]
+    check_resources(resources)  # before anything starts
     return resources
 
 
