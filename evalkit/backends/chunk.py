@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalkit.backends.base import RunFunction
-from evalkit.backends.chunk_wire import PLAIN, Entry, Kind, Message, Outcome, Packed, Saying
+from evalkit.backends.chunk_wire import PLAIN, Entry, Kind, Message, Outcome, Packed, Saying, pack
 from evalkit.backends.events import Done, Failed, WorkerIdentity
 from evalkit.backends.execution import describe, failed, identity, run, visible
 from evalkit.backends.serialization import Packer, dumps, explain, loads
@@ -160,7 +160,7 @@ class _Resident:
                 outcome = chunk_run.run()
             finally:
                 self.ticker.remove(chunk_run)
-        return outcome if self.same_memory else pickle.dumps(tuple(outcome), 5)
+        return outcome if self.same_memory else pack(outcome)
 
     def _thread(self) -> _WorkerThread:
         thread: _WorkerThread | None = getattr(self._of_thread, "value", None)
@@ -409,7 +409,7 @@ class _ChunkRun:
         if self._client is not None and os.getpid() == self._resident.pid:
             message: Any = Message(self._number, sayings, self._thread.worker)
             try:
-                self._client.send(message if self._resident.same_memory else pickle.dumps(tuple(message), 5))
+                self._client.send(message if self._resident.same_memory else pack(message))
             except OSError:
                 self._client = None
             else:
