@@ -113,7 +113,10 @@ class _ResidentProgram:
         self._token = token
 
     def __call__(self, chunk: Any) -> Any:
-        return _residents[self._token].run(chunk)
+        resident = _residents.get(self._token)
+        if resident is None:
+            raise RuntimeError(f"the program of this call has not been installed in process {os.getpid()}")
+        return resident.run(chunk)
 
 
 _residents: OrderedDict[str, _Resident] = OrderedDict()
@@ -367,9 +370,7 @@ class _ChunkRun:
                 behind = _take_all(self._waiting)
                 back: list[Saying] = [(Kind.RETURNED, entry[0]) for entry in behind]
                 if not self._send([*_take_all(self._ended), *self._start_of(index), *back]):
-                    # They run here after all.
-                    self._ended = deque(saying for saying in self._ended if saying[0] != Kind.RETURNED)
-                    self._waiting.extend(behind)
+                    self._waiting.extend(behind)  # they run here after all
             return True
         if self._progress is None:
             return False
@@ -415,7 +416,7 @@ class _ChunkRun:
             else:
                 self._messages += 1
                 return True
-        self._ended.extend(sayings)
+        self._ended.extend(saying for saying in sayings if saying[0] != Kind.RETURNED)
         return False
 
 
