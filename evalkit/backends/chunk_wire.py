@@ -101,14 +101,14 @@ def pack(said: Message | Outcome) -> bytes:
 
 def unpack_message(data: bytes) -> Message:
     """The inverse of :func:`pack`."""
-    *values, host, pid, name = pickle.loads(data)
-    return Message(*values, WorkerIdentity(host, pid, name))
+    number, sayings, *worker = pickle.loads(data)
+    return Message(number, sayings, WorkerIdentity(*worker))
 
 
 def unpack_outcome(data: bytes) -> Outcome:
     """The inverse of :func:`pack`."""
-    *values, host, pid, name = pickle.loads(data)
-    return Outcome(*values, WorkerIdentity(host, pid, name))
+    sayings, messages, jobs, seconds, *worker = pickle.loads(data)
+    return Outcome(sayings, messages, jobs, seconds, WorkerIdentity(*worker))
 
 
 _packer = Packer("args", in_band=True)  # in band, so it keeps nothing and threads may share it
