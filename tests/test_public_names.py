@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import pkgutil
@@ -98,3 +99,20 @@ assert set(os.listdir()) == before
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+PLUGINS = sorted((Path(__file__).parent.parent / "plugins").glob("*/src/*/*.py"))
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_plugins_use_public_names_only(path: Path) -> None:
+    """What a stranger's plugin could not rely on, ours do not use: only what is in ``__all__`` of what is documented
+    for authors.
+    """
+    doors = {"evalkit", "evalkit.backends", "evalkit.errors", "evalkit.hookspecs", "evalkit.storage", "evalkit.testing"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "evalkit":
+            assert node.module in doors, f"{path}:{node.lineno}"
+            assert {alias.name for alias in node.names} <= set(importlib.import_module(node.module).__all__)
+        elif isinstance(node, ast.Import):
+            assert not [alias for alias in node.names if alias.name.partition(".")[0] == "evalkit"], path

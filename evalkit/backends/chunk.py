@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalkit.backends.base import RunFunction
-from evalkit.backends.chunk_wire import PLAIN, Entry, Kind, Message, Outcome, Packed, Saying
+from evalkit.backends.chunk_wire import PLAIN, Entry, Kind, Message, Outcome, Packed, Saying, pack
 from evalkit.backends.events import Done, Failed, WorkerIdentity
 from evalkit.backends.execution import describe, failed, identity, run, visible
 from evalkit.backends.serialization import Packer, dumps, explain, loads
@@ -113,7 +113,10 @@ class _ResidentProgram:
         self._token = token
 
     def __call__(self, chunk: Any) -> Any:
-        return _residents[self._token].run(chunk)
+        resident = _residents.get(self._token)
+        if resident is None:
+            raise RuntimeError(f"the program of this call has not been installed in process {os.getpid()}")
+        return resident.run(chunk)
 
 
 _residents: OrderedDict[str, _Resident] = OrderedDict()
@@ -160,7 +163,7 @@ class _Resident:
                 outcome = chunk_run.run()
             finally:
                 self.ticker.remove(chunk_run)
-        return outcome if self.same_memory else pickle.dumps(tuple(outcome), 5)
+        return outcome if self.same_memory else pack(outcome)
 
     def _thread(self) -> _WorkerThread:
         thread: _WorkerThread | None = getattr(self._of_thread, "value", None)
@@ -367,9 +370,7 @@ class _ChunkRun:
                 behind = _take_all(self._waiting)
                 back: list[Saying] = [(Kind.RETURNED, entry[0]) for entry in behind]
                 if not self._send([*_take_all(self._ended), *self._start_of(index), *back]):
-                    # They run here after all.
-                    self._ended = deque(saying for saying in self._ended if saying[0] != Kind.RETURNED)
-                    self._waiting.extend(behind)
+                    self._waiting.extend(behind)  # they run here after all
             return True
         if self._progress is None:
             return False
@@ -409,13 +410,13 @@ class _ChunkRun:
         if self._client is not None and os.getpid() == self._resident.pid:
             message: Any = Message(self._number, sayings, self._thread.worker)
             try:
-                self._client.send(message if self._resident.same_memory else pickle.dumps(tuple(message), 5))
+                self._client.send(message if self._resident.same_memory else pack(message))
             except OSError:
                 self._client = None
             else:
                 self._messages += 1
                 return True
-        self._ended.extend(sayings)
+        self._ended.extend(saying for saying in sayings if saying[0] != Kind.RETURNED)
         return False
 
 

@@ -33,7 +33,7 @@ from typing import Any
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.batching import ChunkSizer
 from evalkit.backends.chunk import Program, Setup
-from evalkit.backends.chunk_wire import Kind, Message, Outcome, pack_task, read_saying
+from evalkit.backends.chunk_wire import Kind, Message, Outcome, pack_task, read_saying, unpack_message, unpack_outcome
 from evalkit.backends.events import Cancelled, Event, Failed, Lost, Released, Started
 from evalkit.backends.execution import check_worker_init, describe, failed
 from evalkit.backends.loopback import LoopbackChannel
@@ -300,7 +300,7 @@ class ExecutorBackend(Backend):
 
     def _send(self) -> None:
         """Fill the workers that are free."""
-        while True:
+        while self._waiting or self._alone or self._suspects:
             events: list[Event] = []
             with self._lock:
                 tasks = self._take_next()
@@ -405,7 +405,7 @@ class ExecutorBackend(Backend):
     def _receive(self, data: Any) -> None:
         """A message over the side channel."""
         try:
-            message = Message(*pickle.loads(data)) if isinstance(data, bytes) else data
+            message = unpack_message(data) if isinstance(data, bytes) else data
         except Exception:  # noqa: BLE001 - a defect, of ours or of a channel
             _log.exception("a message of a worker cannot be read")
             return
@@ -464,7 +464,7 @@ class ExecutorBackend(Backend):
             return
         result = future.result()
         round_trip = time.perf_counter() - call.sent
-        outcome = Outcome(*pickle.loads(result)) if isinstance(result, bytes) else result
+        outcome = unpack_outcome(result) if isinstance(result, bytes) else result
         with self._lock:
             self._sizer.note(outcome.jobs, outcome.seconds, round_trip)
             self._leave(call)

@@ -20,6 +20,7 @@ import selectors
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -34,6 +35,7 @@ _LENGTH = struct.Struct("<Q")  # before each message of a worker; and the number
 _TOKEN_BYTES = 32
 _READ_BYTES = 2**18
 _CONNECT_TIMEOUT = 10.0  # seconds
+_POLL = 0.001  # seconds; asking the socket takes as long as several jobs that do nothing
 
 
 class LoopbackChannel(SideChannel):
@@ -229,6 +231,7 @@ class _LoopbackClient(SideChannelClient):
         self._pid = 0
         self._stops: set[int] = set()
         self._partial = b""
+        self._polled = 0.0
         self._gone = False  # the master has
 
     def __reduce__(self) -> tuple[type[_LoopbackClient], tuple[int, bytes]]:
@@ -242,13 +245,16 @@ class _LoopbackClient(SideChannelClient):
             sock.sendall(_LENGTH.pack(len(message)) + message)
 
     def stop_requested(self, run: int) -> bool:
-        sock = self._connected()
-        # Who does not get the lock need not read: another thread is at it.
-        if sock is not None and self._lock.acquire(blocking=False):
-            try:
-                self._read_stops(sock)
-            finally:
-                self._lock.release()
+        now = time.monotonic()
+        if now - self._polled >= _POLL and not self._gone:
+            self._polled = now
+            sock = self._connected()
+            # Who does not get the lock need not read: another thread is at it.
+            if sock is not None and self._lock.acquire(blocking=False):
+                try:
+                    self._read_stops(sock)
+                finally:
+                    self._lock.release()
         return self._gone or run in self._stops
 
     def close(self) -> None:

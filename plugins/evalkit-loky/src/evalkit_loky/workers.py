@@ -43,7 +43,9 @@ class LokyWorkers(Executor):
                 raise RuntimeError("cannot submit after shutdown")
             index = min(range(len(self._workers)), key=self._calls_of)
             worker = self._workers[index]
-            if worker is None or not worker.usable:
+            if worker is None or not worker.usable():
+                if worker is not None:
+                    worker.pool.shutdown(wait=False)
                 worker = self._workers[index] = _Worker(self._program)
             return worker.submit(self._program.resident if fn is self._program else fn, *args, **kwargs)
 
@@ -95,7 +97,7 @@ class _Worker:
         self.pool = ProcessPoolExecutor(1, initializer=program.install)
         #: The calls that are in it.
         self.calls: set[Future[Any]] = set()
-        self.usable = True
+        self._broken = False
         # It starts now, and says which process it is.
         self._hello = self.pool.submit(os.getpid)
 
@@ -108,10 +110,22 @@ class _Worker:
     def _ended(self, future: Future[Any]) -> None:
         self.calls.discard(future)
         if not future.cancelled() and future.exception() is not None:
-            self.usable = False
+            self._broken = True
+
+    def usable(self) -> bool:
+        """Whether its process lives: one that has died is noticed here before loky does, and costs no call."""
+        if self._broken or (self._hello.done() and self._hello.exception() is not None):
+            return False
+        if not self._hello.done():
+            return True
+        try:
+            exited = os.waitid(os.P_PID, self._hello.result(), os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # loky has noticed
+            return False
+        return exited is None
 
     def kill(self) -> None:
-        self.usable = False
+        self._broken = True
         self.pool.shutdown(wait=False, kill_workers=True)
 
     def process(self) -> psutil.Process | None:

@@ -1,0 +1,251 @@
+"""The worker's side of an executor, and the socket that is its way back."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from evalkit.backends.chunk import Program, Setup
+from evalkit.backends.chunk_wire import Kind, Message, Outcome
+from evalkit.backends.loopback import LoopbackChannel
+from evalkit.backends.side_channel import SideChannelClient
+from evalkit.testing.backend_fixtures import BOUND, eventually
+
+
+class Heard(list[Any]):
+    """What came over a channel."""
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def channel(heard: Heard) -> Iterator[LoopbackChannel]:
+    channel = LoopbackChannel()
+    channel.start(heard.append)
+    yield channel
+    channel.close()
+
+
+def elsewhere(channel: LoopbackChannel) -> SideChannelClient:
+    """The worker's end, as it arrives there."""
+    client: SideChannelClient = pickle.loads(pickle.dumps(channel.client))
+    return client
+
+
+# -- the socket -------------------------------------------------------------------------------------------------------
+
+
+def test_messages_arrive_whole_and_in_order(channel: LoopbackChannel, heard: Heard) -> None:
+    client = elsewhere(channel)
+    messages = [b"", b"one", bytes(5 * 2**20), *(b"%d" % i for i in range(200))]
+    for message in messages:
+        client.send(message)
+    eventually(lambda: len(heard) == len(messages), "the messages")
+    assert heard == messages
+    client.close()
+
+
+def test_who_does_not_know_the_token_is_not_heard(channel: LoopbackChannel, heard: Heard) -> None:
+    port = channel.client.__reduce__()[1][0]  # type: ignore[index]
+    with socket.create_connection(("127.0.0.1", port), BOUND) as sock:
+        sock.sendall(bytes(32) + (3).to_bytes(8, "little") + b"bad")
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b"", "it hangs up"
+    client = elsewhere(channel)
+    client.send(b"good")
+    eventually(lambda: heard, "a message")
+    assert heard == [b"good"]
+    client.close()
+
+
+def test_requests_to_stop_reach_workers_that_are_there_and_those_that_come_later(channel: LoopbackChannel) -> None:
+    early = elsewhere(channel)
+    assert not early.stop_requested(7)
+    channel.request_stop(7)
+    eventually(lambda: early.stop_requested(7), "the request")
+    late = elsewhere(channel)
+    eventually(lambda: late.stop_requested(7), "the request")
+    assert not late.stop_requested(8)
+    channel.forget(7)
+    later = elsewhere(channel)
+    later.send(b"")
+    assert not later.stop_requested(7)
+    for client in (early, late, later):
+        client.close()
+
+
+def test_the_last_words_of_a_process_that_was_killed_are_heard(channel: LoopbackChannel, heard: Heard) -> None:
+    program = """
+        import os, pickle, signal, sys
+        client = pickle.loads(bytes.fromhex(sys.argv[1]))
+        for i in range(1000):
+            client.send(b"%d" % i)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    code = "\n".join(line.strip() if "send" not in line else "    " + line.strip() for line in program.splitlines())
+    subprocess.run([sys.executable, "-c", code, pickle.dumps(channel.client).hex()], timeout=BOUND, check=False)
+    channel.drain(BOUND)
+    assert heard == [b"%d" % i for i in range(1000)]
+
+
+def test_a_worker_is_told_to_stop_when_the_master_has_gone(channel: LoopbackChannel) -> None:
+    client = elsewhere(channel)
+    assert not client.stop_requested(1)
+    channel.close()
+    channel.close()
+    eventually(lambda: client.stop_requested(1), "that the master has gone")
+    client.close()
+
+
+def test_a_worker_that_cannot_connect_runs_its_jobs_all_the_same(channel: LoopbackChannel) -> None:
+    channel.close()
+    client = elsewhere(channel)
+    assert not client.stop_requested(1)
+    with pytest.raises(OSError, match="no way to the main process"):
+        client.send(b"")
+
+
+# -- a chunk ----------------------------------------------------------------------------------------------------------
+
+
+class Recorder(SideChannelClient):
+    """Keeps what is sent."""
+
+    def __init__(self, stops: tuple[int, ...] = (), broken: bool = False) -> None:
+        self.messages: list[Message] = []
+        self.stops = set(stops)
+        self.broken = broken
+
+    def send(self, message: Any) -> None:
+        if self.broken:
+            raise OSError("the network is away")
+        self.messages.append(message)
+
+    def stop_requested(self, run: int) -> bool:
+        return run in self.stops
+
+    def sayings(self, kind: int) -> list[int]:
+        """The indices of the jobs of which it was said."""
+        return [saying[1] for message in list(self.messages) for saying in message.sayings if saying[0] == kind]
+
+
+def work(function: Any, client: SideChannelClient, jobs: int, *, hold: float = 0.01) -> Outcome:
+    program = Program(Setup(function, None, lambda: "me", client, hold))
+    try:
+        outcome: Outcome = program((100, [(i, f"s.{i}", 0, {"x": i}) for i in range(jobs)]))
+        return outcome
+    finally:
+        program.discard()
+
+
+def kinds(outcome: Outcome) -> list[tuple[int, int]]:
+    return [(saying[0], saying[1]) for saying in outcome.sayings]
+
+
+def test_a_job_that_was_asked_to_stop_before_it_started_does_not_run() -> None:
+    ran: list[int] = []
+    outcome = work(lambda job: ran.append(job["x"]), Recorder(stops=(101,)), 3)
+    assert ran == [0, 2]
+    assert kinds(outcome) == [(Kind.DONE, 0), (Kind.SKIPPED, 1), (Kind.DONE, 2)]
+    assert outcome.jobs == 2
+
+
+def test_a_request_to_stop_is_for_one_run() -> None:
+    client = Recorder()
+
+    def run(job: Any) -> bool:
+        client.stops.add(101)
+        return bool(job.stopped())
+
+    outcome = work(run, client, 1)
+    assert outcome.sayings[0][2] is False
+
+
+def test_a_slow_job_is_told_of_with_what_ended_before_it_and_gives_back_what_waits_behind_it() -> None:
+    client = Recorder()
+
+    def run(job: Any) -> int:
+        deadline = time.monotonic() + BOUND
+        while job["x"] == 2 and not client.sayings(Kind.RETURNED) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return int(job["x"])
+
+    outcome = work(run, client, 5)
+    assert client.sayings(Kind.RETURNED) == [3, 4]
+    assert client.sayings(Kind.STARTED) == [2]
+    told = [*((kind, index) for message in client.messages for kind, index, *_ in message.sayings), *kinds(outcome)]
+    assert [index for kind, index in told if kind == Kind.DONE] == [0, 1, 2]
+    assert outcome.messages == len(client.messages)
+
+
+def test_a_result_is_not_held_back_longer_than_said() -> None:
+    client = Recorder()
+    seen: list[int] = []
+
+    def run(job: Any) -> None:
+        # Each takes a part of the time that results may be held, so that no single one is slow.
+        time.sleep(0.004)
+        seen.append(len(client.sayings(Kind.DONE)))
+
+    outcome = work(run, client, 40, hold=0.02)
+    assert client.sayings(Kind.DONE), "they were told of before the call was over"
+    assert seen[-1] > 0
+    assert outcome.jobs + len(client.sayings(Kind.RETURNED)) == 40
+
+
+def test_what_cannot_be_sent_comes_with_the_result() -> None:
+    def run(job: Any) -> str:
+        job.record(step=job["x"])
+        job.report(0.5, "half way")
+        if job["x"] == 1:
+            time.sleep(0.1)  # long enough to be told of, and to have given back what waits
+        return "done"
+
+    outcome = work(run, Recorder(broken=True), 3)
+    assert outcome.messages == 0
+    assert [index for kind, index in kinds(outcome) if kind == Kind.DONE] == [0, 1, 2]
+    assert [index for kind, index in kinds(outcome) if kind == Kind.RECORDED] == [0, 1, 2]
+    assert Kind.RETURNED not in [kind for kind, _ in kinds(outcome)]
+
+
+def test_progress_that_comes_too_fast_is_merged_and_the_last_word_is_not_lost() -> None:
+    client = Recorder()
+    said = threading.Event()
+
+    def run(job: Any) -> None:
+        for i in range(1000):
+            job.report(i / 1000, str(i))
+        deadline = time.monotonic() + BOUND
+        while not said.is_set() and time.monotonic() < deadline:
+            said.wait(0.001)
+            phases = [one[3] for message in list(client.messages) for one in message.sayings if one[0] == Kind.PROGRESS]
+            if phases and phases[-1] == "999":
+                said.set()
+
+    work(run, client, 1)
+    assert said.is_set(), "it is told while the job runs, though the job said nothing more"
+    assert len(client.sayings(Kind.PROGRESS)) < 500
+
+
+def test_a_program_goes_to_a_worker_once_where_it_can_be_installed() -> None:
+    setup = pickle.dumps(Setup(pickle.dumps(max), pickle.dumps(None), str, None, 0.01))
+    program = Program(setup + bytes(2**20))
+    resident = pickle.loads(pickle.dumps(program.resident))
+    assert len(pickle.dumps(program.resident)) < 300
+    with pytest.raises(RuntimeError, match="not been installed"):
+        resident(pickle.dumps((0, [])))
+    pickle.loads(pickle.dumps(program)).install()
+    assert isinstance(resident(pickle.dumps((0, []))), bytes)
+    program.discard()
