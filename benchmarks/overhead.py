@@ -49,9 +49,9 @@ BARS = (
     Bar("evalkit thread", "deephyper thread", "ALL"),
     Bar("evalkit process", "deephyper process", "ALL"),
     Bar("evalkit loky", "loky", "ALL", 1 / 20),
-    Bar("evalkit loky", "loky", "BATCH"),
+    Bar("evalkit loky", "loky", "BATCH", 1.3),
     Bar("evalkit ray", "ray", "ALL", 1 / 20),
-    Bar("evalkit ray", "ray", "BATCH", 1.1),
+    Bar("evalkit ray", "ray", "BATCH", 1.3),
     Bar("evalkit mpicomm", "mpi4py", "ALL", 1 / 20),
     Bar("evalkit mpicomm", "mpi4py", "BATCH", 1.3),
 )

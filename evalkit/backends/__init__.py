@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from evalkit.backends.calls import pack_call, read_answer, run_call
     from evalkit.backends.chunk import Program
     from evalkit.backends.execution import environment
-    from evalkit.backends.executor import ExecutorBackend, Fault, Reach
+    from evalkit.backends.executor import ExecutorBackend
+    from evalkit.backends.executor_call import Fault, Reach
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
 
 __all__ = [
@@ -64,9 +65,9 @@ __all__ = [
 _MODULES = {
     "AsyncBackend": "asynchronous",
     "ExecutorBackend": "executor",
-    "Fault": "executor",
+    "Fault": "executor_call",
     "Program": "chunk",
-    "Reach": "executor",
+    "Reach": "executor_call",
     "RunFailedError": "asynchronous",
     "RunLostError": "asynchronous",
     "SideChannel": "side_channel",

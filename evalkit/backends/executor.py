@@ -13,21 +13,16 @@ cancelled, and goes to whoever is free first. The next call goes out before the 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import pickle
 import threading
 import time
-import weakref
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future
-from dataclasses import dataclass
-from enum import Enum
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
@@ -36,13 +31,15 @@ from evalkit.backends.chunk import Program, Setup
 from evalkit.backends.chunk_wire import Kind, Message, Outcome, pack_task, read_saying, unpack_message, unpack_outcome
 from evalkit.backends.events import Cancelled, Event, Failed, Lost, Released, Started
 from evalkit.backends.execution import check_worker_init, describe, failed
+from evalkit.backends.executor_call import Call, Fault, Reach
+from evalkit.backends.executor_threads import Mender, before_executors_wait
 from evalkit.backends.loopback import LoopbackChannel
 from evalkit.backends.serialization import dumps
 from evalkit.backends.side_channel import DirectChannel, SideChannel
 from evalkit.errors import BackendError, SerializationError
 from evalkit.job import ErrorInfo, JobCause
 
-__all__ = ["ExecutorBackend", "Fault", "Reach"]
+__all__ = ["ExecutorBackend"]
 
 _log = logging.getLogger("evalkit")
 
@@ -50,30 +47,6 @@ _MAX_CHUNK_BYTES = 2**20  # of arguments; who sends more in one job sends that j
 _DRAIN = 2.0  # seconds that the last words of a dead worker may take
 _LATE = 10.0  # seconds that a result waits for messages which were sent before it
 _EXIT_GRACE = 2.0  # seconds that jobs have when the program ends without a close
-
-
-class Reach(Enum):
-    """How far a fault goes."""
-
-    #: The executor is broken: every call in it fails, and another executor is made.
-    EXECUTOR = "executor"
-    #: This call failed, and no other.
-    CALL = "call"
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What the exception of a call says that is not of the jobs' own making; see :meth:`ExecutorBackend.blame`.
-
-    Attributes:
-        reach: what else is affected.
-        cause: of the job that is to blame: CRASH, MEMORY or EXCEPTION. With LOST nobody is: the jobs run again.
-        error: what that job fails with.
-    """
-
-    reach: Reach
-    cause: JobCause
-    error: ErrorInfo
 
 
 class ExecutorBackend(Backend):
@@ -127,15 +100,14 @@ class ExecutorBackend(Backend):
         self._alone: deque[Task] = deque()  # to travel alone, since one of them is to blame for the end of a call
         self._suspects: deque[Task] = deque()  # to run with nothing else in the executor
         self._trial = False  # a suspect runs
-        self._fallen: list[tuple[_Call, Fault]] = []  # were in an executor when it broke
-        self._calls: dict[int, _Call] = {}  # by the number of their first run
+        self._fallen: list[tuple[Call, Fault]] = []  # were in an executor when it broke
+        self._calls: dict[int, Call] = {}  # by the number of their first run
         self._busy = 0  # calls that hold a worker
         self._next_number = 0
         self._executor: Executor | None = None
         self._watched: Executor | None = None  # its wait at the end of the program comes after our stop
         self._stopping = False
-        self._faults: SimpleQueue[tuple[_Call, BaseException] | None] = SimpleQueue()
-        self._mender: threading.Thread | None = None
+        self._mender = Mender(self._mend)
 
     # -- what an author writes ------------------------------------------------------------------------------------
 
@@ -253,14 +225,14 @@ class ExecutorBackend(Backend):
             self._abandon(call, index)
         self._send()
 
-    def _find(self, job_id: str) -> tuple[_Call | None, int]:
+    def _find(self, job_id: str) -> tuple[Call | None, int]:
         for call in self._calls.values():
             for index, task in call.tasks.items():
                 if task.id == job_id:
                     return call, index
         return None, 0
 
-    def _abandon(self, call: _Call, index: int) -> None:
+    def _abandon(self, call: Call, index: int) -> None:
         with self._lock:
             task = call.tasks.pop(index, None)
             if task is not None and task.resources:
@@ -289,12 +261,16 @@ class ExecutorBackend(Backend):
             self._executor = None
         self._release()
 
+    def _stop_at_exit(self) -> None:
+        """The program ends without a close."""
+        if not self._stopping:
+            self.stop(_EXIT_GRACE)
+
     def _release(self) -> None:
         if self._channel is not None:
             self._channel.close()
         self._program.discard()
-        if self._mender is not None:
-            self._faults.put(None)
+        self._mender.close()
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -328,13 +304,13 @@ class ExecutorBackend(Backend):
         count = min(len(self._waiting), self._sizer.share(len(self._waiting), self.num_workers))
         return [self._waiting.popleft() for _ in range(count)]
 
-    def _submit(self, tasks: list[Task], events: list[Event]) -> _Call | None:
+    def _submit(self, tasks: list[Task], events: list[Event]) -> Call | None:
         """With the lock: make a call of these jobs; what cannot be sent is in the events."""
         if self._unfit is not None:
             events += [Failed(task.id, JobCause.EXCEPTION, self._unfit) for task in tasks]
             self._trial = False
             return None
-        call = _Call(self._next_number)
+        call = Call(self._next_number)
         same_memory = self.capabilities.same_memory
         entries = []
         total = 0
@@ -371,7 +347,7 @@ class ExecutorBackend(Backend):
             call.started |= call.tasks.keys()
         return call
 
-    def _submit_chunk(self, chunk: Any, call: _Call, events: list[Event]) -> Future[Any] | None:
+    def _submit_chunk(self, chunk: Any, call: Call, events: list[Event]) -> Future[Any] | None:
         error = None
         for _ in range(2):
             executor = self._executor
@@ -387,7 +363,9 @@ class ExecutorBackend(Backend):
                 if executor is not None:
                     self._let_go(executor)
             else:
-                self._watch_exit(executor)
+                if executor is not self._watched:
+                    self._watched = executor
+                    before_executors_wait(self._stop_at_exit)
                 return future
         if error is not None:
             events += [Failed(task.id, JobCause.LOST, error) for task in call.tasks.values()]
@@ -424,7 +402,7 @@ class ExecutorBackend(Backend):
             self._conclude(call, outcome)
         self._send()
 
-    def _read(self, call: _Call, said: Message | Outcome) -> list[Event]:
+    def _read(self, call: Call, said: Message | Outcome) -> list[Event]:
         """With the lock: what a worker says as events; what it gave back is put first in line."""
         events: list[Event] = []
         tasks, worker, back = call.tasks, said.worker, []
@@ -453,18 +431,18 @@ class ExecutorBackend(Backend):
             self._waiting.extendleft(reversed(back))
         return events
 
-    def _ended(self, call: _Call, future: Future[Any]) -> None:
+    def _ended(self, call: Call, future: Future[Any]) -> None:
         """The future of a call has ended."""
-        if future.cancelled():
-            self._faults_to_mender(call, BrokenExecutor("the engine cancelled the call"))
-            return
-        exc = future.exception()
-        if exc is not None:
-            self._faults_to_mender(call, exc)
-            return
-        result = future.result()
         round_trip = time.perf_counter() - call.sent
-        outcome = unpack_outcome(result) if isinstance(result, bytes) else result
+        try:
+            result = future.result()
+            outcome = unpack_outcome(result) if isinstance(result, bytes) else result
+        except CancelledError:
+            self._mender.put(call, BrokenExecutor("the engine cancelled the call"))
+            return
+        except BaseException as exc:  # noqa: BLE001 - of the engine; what a job raises is a result
+            self._mender.put(call, exc)
+            return
         with self._lock:
             self._sizer.note(outcome.jobs, outcome.seconds, round_trip)
             self._leave(call)
@@ -482,14 +460,14 @@ class ExecutorBackend(Backend):
             timer.daemon = True
             timer.start()
 
-    def _leave(self, call: _Call) -> None:
+    def _leave(self, call: Call) -> None:
         """With the lock: a call holds its worker no longer."""
         if not call.left:
             call.left = True
             self._busy -= 1
             self._trial = False
 
-    def _conclude(self, call: _Call, outcome: Outcome) -> None:
+    def _conclude(self, call: Call, outcome: Outcome) -> None:
         """Tell what a call has brought, after all that was said before."""
         with self._lock:
             if self._calls.pop(call.number, None) is None:
@@ -499,7 +477,7 @@ class ExecutorBackend(Backend):
             self._emit(events)
         self._forget(call)
 
-    def _forget(self, call: _Call) -> None:
+    def _forget(self, call: Call) -> None:
         """The last of a call."""
         if call.abandoned:
             self._emit(call.abandoned)
@@ -512,38 +490,26 @@ class ExecutorBackend(Backend):
 
     # -- faults ---------------------------------------------------------------------------------------------------
 
-    def _faults_to_mender(self, call: _Call, exc: BaseException) -> None:
-        """Faults have a thread of their own: there is waiting to do, and engines tell of them with their locks held."""
-        with self._lock:
-            if self._mender is None and not self._stopping:
-                self._mender = threading.Thread(target=self._mend, name="evalkit-mender", daemon=True)
-                self._mender.start()
-        self._faults.put((call, exc))
+    def _mend(self, call: Call, exc: BaseException) -> None:
+        """A call has ended by an exception. In the thread of the mender."""
+        try:
+            if self._channel is not None:
+                self._channel.drain(_DRAIN)
+            events = self._judge(call, self.blame(exc))
+        except Exception:  # noqa: BLE001 - what an author wrote may raise
+            _log.exception("what has become of a call cannot be told")
+            with self._lock:
+                self._calls.pop(call.number, None)
+                self._leave(call)
+                tasks = list(call.tasks.values())
+                call.tasks.clear()
+            events = [Failed(task.id, JobCause.LOST, describe(exc)) for task in tasks]
+        if events:
+            self._emit(events)
+        self._forget(call)
+        self._send()
 
-    def _mend(self) -> None:
-        while True:
-            item = self._faults.get()
-            if item is None:
-                return
-            call, exc = item
-            try:
-                if self._channel is not None:
-                    self._channel.drain(_DRAIN)
-                events = self._judge(call, self.blame(exc))
-            except Exception:  # noqa: BLE001 - what an author wrote may raise
-                _log.exception("what has become of a call cannot be told")
-                with self._lock:
-                    self._calls.pop(call.number, None)
-                    self._leave(call)
-                    tasks = list(call.tasks.values())
-                    call.tasks.clear()
-                events = [Failed(task.id, JobCause.LOST, describe(exc)) for task in tasks]
-            if events:
-                self._emit(events)
-            self._forget(call)
-            self._send()
-
-    def _judge(self, call: _Call, fault: Fault) -> list[Event]:
+    def _judge(self, call: Call, fault: Fault) -> list[Event]:
         """What becomes of the jobs of a call that failed."""
         with self._lock:
             if self._calls.pop(call.number, None) is None:
@@ -572,7 +538,7 @@ class ExecutorBackend(Backend):
         self._fallen = []
         return self._sort_out(calls, fault, self._suspects)
 
-    def _sort_out(self, calls: list[_Call], fault: Fault, suspects: deque[Task]) -> list[Event]:
+    def _sort_out(self, calls: list[Call], fault: Fault, suspects: deque[Task]) -> list[Event]:
         """With the lock: tell of the jobs whose fault it was; the others run again."""
         events: list[Event] = []
         killed = False
@@ -593,80 +559,6 @@ class ExecutorBackend(Backend):
         else:
             suspects.extend(tasks)
         return events
-
-    # -- the end of the program -----------------------------------------------------------------------------------
-
-    def _watch_exit(self, executor: Executor) -> None:
-        """Stop when the program ends without a close, before the executor waits for what runs in it.
-
-        Executors wait for their calls in a function that they register here at their first submit. The last that is
-        registered is called first.
-        """
-        if executor is self._watched:
-            return
-        self._watched = executor
-        reference = weakref.ref(self)
-
-        def end() -> None:
-            backend = reference()
-            if backend is not None and not backend._stopping:
-                backend.stop(_EXIT_GRACE)
-
-        with contextlib.suppress(RuntimeError):  # the program is ending
-            threading._register_atexit(end)  # type: ignore[attr-defined]
-
-
-class _Call:
-    """A call of the executor.
-
-    Attributes:
-        number: of its first run; the others follow.
-        tasks: index -> job, of those whose end is not known. Who takes one out tells of its end.
-        started: indices of the runs of which the start was told.
-        asked: indices of the runs that were asked to stop.
-        doomed: indices of the runs that are to be ended by force.
-        received: how many messages of it have been dealt with.
-        outcome: what it returned, if that waits for messages that were sent before.
-        left: whether its worker is free.
-        abandoned: what is to be told of its abandoned runs when it returns.
-    """
-
-    __slots__ = (
-        "abandoned",
-        "asked",
-        "doomed",
-        "executor",
-        "future",
-        "jobs",
-        "left",
-        "number",
-        "outcome",
-        "received",
-        "sent",
-        "started",
-        "tasks",
-    )
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.tasks: dict[int, Task] = {}
-        self.executor: Executor | None = None
-        self.future: Future[Any] | None = None
-        self.jobs = 0
-        self.sent = 0.0
-        self.started: set[int] = set()
-        self.asked: set[int] = set()
-        self.doomed: set[int] = set()
-        self.received = 0
-        self.outcome: Outcome | None = None
-        self.left = False
-        self.abandoned: list[Event] = []
-
-    def ask_to_stop(self, index: int, channel: SideChannel | None) -> None:
-        """Once."""
-        if index not in self.asked and channel is not None:
-            channel.request_stop(self.number + index)
-        self.asked.add(index)
 
 
 def _remove(queue: deque[Task], job_id: str) -> bool:

@@ -144,7 +144,7 @@ class Recorder(SideChannelClient):
 def work(function: Any, client: SideChannelClient, jobs: int, *, hold: float = 0.01) -> Outcome:
     program = Program(Setup(function, None, lambda: "me", client, hold))
     try:
-        outcome: Outcome = program((100, [(i, f"s.{i}", 0, {"x": i}) for i in range(jobs)]))
+        outcome: Outcome = program((100, [(i, f"s.{i}", 0, {"x": i}) for i in range(jobs)], None))
         return outcome
     finally:
         program.discard()
@@ -245,7 +245,7 @@ def test_a_program_goes_to_a_worker_once_where_it_can_be_installed() -> None:
     resident = pickle.loads(pickle.dumps(program.resident))
     assert len(pickle.dumps(program.resident)) < 300
     with pytest.raises(RuntimeError, match="not been installed"):
-        resident(pickle.dumps((0, [])))
+        resident(pickle.dumps((0, [], None)))
     pickle.loads(pickle.dumps(program)).install()
-    assert isinstance(resident(pickle.dumps((0, []))), bytes)
+    assert isinstance(resident(pickle.dumps((0, [], None))), bytes)
     program.discard()

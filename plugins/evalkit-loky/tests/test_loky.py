@@ -191,6 +191,69 @@ def test_a_program_needs_no_guard_and_leaves_no_words_behind(tmp_path: Path, end
     assert done.stdout.strip() == "[Point(x=0), Point(x=1), Point(x=4)]"
 
 
+def test_the_workers_end_with_a_main_process_that_is_killed(tmp_path: Path, files: Files) -> None:
+    program = f"""
+        import subprocess, sys, time
+        from evalkit import Evaluator
+        from evalkit.testing import functions
+
+        def run(job):
+            if job["x"]:
+                subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            return functions.Plain(functions.hold)(job)
+
+        evaluator = Evaluator.create(run, "loky", {{"num_workers": 3}})
+        evaluator.submit([{{"x": 0}}, {files.holder("a", x=1)!r}])
+        time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path) as main:
+        files.wait_started("a")
+        family = psutil.Process(main.pid).children(recursive=True)
+        assert len(family) >= 4, "the workers, and what a job has started"
+        main.kill()
+    workers = [process for process in family if "resource_tracker" not in _command(process)]
+    eventually(lambda: not [process for process in workers if _lives(process.pid)], "the end of all of them")
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_ctrl_c_is_for_the_main_process_and_jobs_go_on(tmp_path: Path) -> None:
+    done = run_program(
+        tmp_path,
+        """
+        import os, pathlib, signal, time
+        from evalkit import Evaluator
+
+        def run(job):
+            pathlib.Path("started").touch()
+            while not pathlib.Path("release").exists():
+                time.sleep(0.01)
+            return "done"
+
+        os.setpgrp()
+        evaluator = Evaluator.create(run, "loky", {"num_workers": 1})
+        evaluator.submit([{}])
+        while not pathlib.Path("started").exists():
+            time.sleep(0.01)
+        try:
+            os.killpg(0, signal.SIGINT)
+            evaluator.gather("ALL")
+        except KeyboardInterrupt:
+            print("interrupted")
+        pathlib.Path("release").touch()
+        print([job.output for job in evaluator.gather("ALL")])
+        evaluator.close()
+        """,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\n")[:2] == ["interrupted", "['done']"]
+
+
 def test_a_module_that_workers_cannot_import_is_named(tmp_path: Path) -> None:
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "only_here.py").write_text("def run(job):\n    return 1\n")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -15,6 +17,8 @@ from loky.process_executor import ProcessPoolExecutor
 from evalkit.backends import Program
 
 __all__ = ["LokyWorkers"]
+
+_PARENT_INTERVAL = 0.5  # seconds between looks at whether the main process is there
 
 
 class LokyWorkers(Executor):
@@ -90,11 +94,30 @@ class LokyWorkers(Executor):
                 process.kill()
 
 
+def _get_ready(program: Program, parent: int) -> None:
+    """In a worker, before its first call."""
+    threading.Thread(target=_end_with, args=(parent,), name="evalkit-parent", daemon=True).start()
+    # Ctrl-C in a terminal goes to all; what it means for the jobs is for the main process to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    program.install()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker, and what its job has started, once the main process has gone; loky would wait for ever."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_INTERVAL)
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    os._exit(1)
+
+
 class _Worker:
     """A pool of one."""
 
     def __init__(self, program: Program) -> None:
-        self.pool = ProcessPoolExecutor(1, initializer=program.install)
+        self.pool = ProcessPoolExecutor(1, initializer=_get_ready, initargs=(program, os.getpid()))
         #: The calls that are in it.
         self.calls: set[Future[Any]] = set()
         self._broken = False
