@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -15,6 +17,8 @@ from loky.process_executor import ProcessPoolExecutor
 from evalkit.backends import Program
 
 __all__ = ["LokyWorkers"]
+
+_WATCH = 0.5  # seconds between two looks at whether the program is still there
 
 
 class LokyWorkers(Executor):
@@ -79,22 +83,48 @@ class LokyWorkers(Executor):
             workers = [worker for worker in self._workers if worker is not None]
             self._workers = [None] * len(self._workers)
         processes = [process for worker in workers if (process := worker.process()) is not None]
+        # What their jobs have left running, which nobody will find any more once the workers are gone.
+        started = [child for process in processes for child in _descendants(process)] if kill else []
         for worker in workers:
             if kill and worker.calls:
                 worker.kill()
             else:
                 worker.pool.shutdown(wait=False)
         _, alive = psutil.wait_procs(processes, max(0.0, patience))
-        for process in alive if kill else ():
+        for process in [*alive, *started] if kill else ():
             with contextlib.suppress(psutil.Error):
                 process.kill()
+
+
+def _begin(program: Program, master: int) -> None:
+    """In a worker, before its first job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the program, which ends its jobs in order
+    threading.Thread(target=_end_with, args=(master,), name="evalkit-guard", daemon=True).start()
+    program.install()
+
+
+def _end_with(master: int) -> None:
+    """End this worker, and what it has started, soon after the program has been killed: loky waits for the job."""
+    while os.getppid() == master:
+        time.sleep(_WATCH)
+    for child in _descendants(psutil.Process()):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(1)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 class _Worker:
     """A pool of one."""
 
     def __init__(self, program: Program) -> None:
-        self.pool = ProcessPoolExecutor(1, initializer=program.install)
+        self.pool = ProcessPoolExecutor(1, initializer=_begin, initargs=(program, os.getpid()))
         #: The calls that are in it.
         self.calls: set[Future[Any]] = set()
         self._broken = False
