@@ -134,6 +134,7 @@ BACKENDS = [
         ],
         ["mpi4py", "evalkit_mpi"],
         mpi=True,
+        leaves=["children", "children-hang"],
         causes=_UNWATCHED,
         abandons=["hang", "hang-c", "hang-deaf", "children-hang"],
     ),

@@ -108,7 +108,8 @@ class Programs:
         if strangers:
             return RED + ", ".join(f"{process.pid} {' '.join(process.cmdline())[:60]}" for process in strangers)
         if fault in self.backend.leaves:
-            return "its children: they are the program's own" if children == CHILDREN else f"{RED}{children} children"
+            # How many is the launcher's business: mpiexec ends those that stayed in the group of their rank.
+            return "its children, which are its own" if 0 < children <= CHILDREN else f"{RED}{children} children"
         return f"{RED}{children} children" if children else "nothing"
 
     def printed(self) -> str:

@@ -84,7 +84,7 @@ def main(backend: str, options: dict[str, Any], faults: list[str]) -> None:
                 "seconds": time.monotonic() - start,
                 "others": [str(job.state) for job in others if job.output != job.args["x"]],
                 "returned": sorted(job.id for job in jobs) == sorted(job.id for job in submitted),
-                "pids": sorted({job.metadata["pid"] for job in others}),
+                "pids": sorted({job.metadata.get("pid", 0) for job in others}),
             }
             if culprit is not None:
                 seen["state"] = str(culprit.state)
