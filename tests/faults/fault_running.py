@@ -216,15 +216,16 @@ def resume(programs: Programs) -> dict[str, Cells]:
     except subprocess.TimeoutExpired:
         process.kill()
         code = None
-    done = Counter(
-        record.args["x"] for record in records(programs.folder) if str(record.state) == "DONE"
-    )
+    done = Counter(record.args["x"] for record in records(programs.folder) if str(record.state) == "DONE")
     wrong = [x for x in range(5 * len(faults)) if done[x] != 1]
     rest = "run with `--resume`" if not wrong and code == 0 else f"{RED}exit code {code}, not once: {wrong}"
     if rest.startswith(RED):
         rest += programs.printed().replace("\n", " ")
     goes_on = "`--resume` goes on"
-    return {fault: Cells(job, rest, goes_on if code == 0 else rest, left, bound) for fault, (job, left, bound) in found.items()}
+    return {
+        fault: Cells(job, rest, goes_on if code == 0 else rest, left, bound)
+        for fault, (job, left, bound) in found.items()
+    }
 
 
 def write_params(path: Path, faults: Any) -> None:

@@ -98,7 +98,9 @@ class LokyWorkers(Executor):
 
 def _begin(program: Program, master: int) -> None:
     """In a worker, before its first job."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the program, which ends its jobs in order
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C in a terminal is for the program, which ends its jobs in order
     threading.Thread(target=_end_with, args=(master,), name="evalkit-guard", daemon=True).start()
     program.install()
 
