@@ -52,6 +52,8 @@ class Setup:
         worker_name: called in each worker for its name.
         client: the worker's end of the side channel, if there is one.
         hold: seconds.
+        prompt: whether each start is told before the job runs, since time counts from it: the ticker cannot tell of a
+            job that lets no other thread run.
     """
 
     function: RunFunction | bytes
@@ -59,6 +61,7 @@ class Setup:
     worker_name: Callable[[], str]
     client: SideChannelClient | None
     hold: float
+    prompt: bool = False
 
 
 class Program:
@@ -129,6 +132,7 @@ class _Resident:
     def __init__(self, setup: Setup) -> None:
         self.client = setup.client
         self.hold = setup.hold
+        self.prompt = setup.prompt
         self.same_memory = not isinstance(setup.function, bytes)
         self.pid = os.getpid()
         self._worker_name = setup.worker_name
@@ -286,6 +290,8 @@ class _ChunkRun:
             jobs += 1
             self._since = time.time()
             self._index, self._job_id = index, job_id
+            if resident.prompt:
+                self._tell_start(index)
             if self._resources is None:
                 end = self._thread.run(self, job_id, attempt, args)
             else:
@@ -392,6 +398,11 @@ class _ChunkRun:
             return []
         self._told = index
         return [(Kind.STARTED, index, self._since)]
+
+    def _tell_start(self, index: int) -> None:
+        with self._sending:
+            if sayings := self._start_of(index):
+                self._send(sayings)
 
     def _report(self, now: float) -> None:
         progress, self._progress = self._progress, None

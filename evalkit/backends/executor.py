@@ -183,9 +183,10 @@ class ExecutorBackend(Backend):
 
     def _make_program(self, run_function: RunFunction) -> Program:
         client = None if self._channel is None else self._channel.client
+        prompt = self.job_timeout is not None
         if self.capabilities.same_memory:
             name = _name_of_thread
-            return Program(Setup(run_function, self._worker_init, name, client, self._hold))
+            return Program(Setup(run_function, self._worker_init, name, client, self._hold, prompt))
         pickles = []
         for value, name_of_value in ((run_function, "run_function"), (self._worker_init, "worker_init")):
             try:
@@ -193,7 +194,7 @@ class ExecutorBackend(Backend):
             except SerializationError as exc:
                 self._unfit = describe(exc)  # the jobs fail with this, one by one; a failed job is a result
                 pickles.append(b"")
-        setup = Setup(pickles[0], pickles[1], self.worker_name, client, self._hold)
+        setup = Setup(pickles[0], pickles[1], self.worker_name, client, self._hold, prompt)
         return Program(dumps(setup, "setup", in_band=True)[0])
 
     @property

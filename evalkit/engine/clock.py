@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -70,4 +71,5 @@ class Clock:
             try:
                 function(*args)
             except BaseException:  # noqa: BLE001 - the clock goes on, whatever it calls
-                _log.exception("a timed call failed: %r", function)
+                with contextlib.suppress(Exception):  # a job may have closed the stream that this goes to
+                    _log.exception("a timed call failed: %r", function)

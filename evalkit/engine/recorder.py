@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -28,6 +29,12 @@ _LONGEST_BACKOFF = 5.0  # seconds between tries that nobody waits for
 
 def _nothing() -> None:
     pass
+
+
+def _warn(message: str, *args: object) -> None:
+    """Log the exception at hand. That may fail itself: a job in this process may have closed the stream it goes to."""
+    with contextlib.suppress(Exception):
+        _log.warning(message, *args, exc_info=True)
 
 
 _Subject = TypeVar("_Subject", Job, JobUpdate)
@@ -103,7 +110,7 @@ class Recorder:
                     deadline = time.monotonic() + self._patience
                 if time.monotonic() + delay > deadline:
                     raise
-                _log.warning("the storage is not available; trying again in %.2g s", delay, exc_info=True)
+                _warn("the storage is not available; trying again in %.2g s", delay)
                 time.sleep(delay)
                 delay *= 2
             else:
@@ -121,7 +128,7 @@ class Recorder:
             self._write()
         except StorageUnavailableError:
             if not self._backoff:
-                _log.warning("the storage is not available; results are kept", exc_info=True)
+                _warn("the storage is not available; results are kept")
             self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
             self.note((), ())
 

@@ -83,13 +83,15 @@ class LokyWorkers(Executor):
             workers = [worker for worker in self._workers if worker is not None]
             self._workers = [None] * len(self._workers)
         processes = [process for worker in workers if (process := worker.process()) is not None]
+        # What their jobs have left running, which nobody will find any more once the workers are gone.
+        started = [child for process in processes for child in _descendants(process)] if kill else []
         for worker in workers:
             if kill and worker.calls:
                 worker.kill()
             else:
                 worker.pool.shutdown(wait=False)
         _, alive = psutil.wait_procs(processes, max(0.0, patience))
-        for process in alive if kill else ():
+        for process in [*alive, *started] if kill else ():
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
@@ -106,11 +108,17 @@ def _end_with(parent: int) -> None:
     """End this worker, and what its job has started, once the main process has gone; loky would wait for ever."""
     while os.getppid() == parent:
         time.sleep(_PARENT_INTERVAL)
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                child.kill()
+    for child in _descendants(psutil.Process()):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
     os._exit(1)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 class _Worker:

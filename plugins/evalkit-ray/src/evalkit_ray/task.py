@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -46,4 +47,15 @@ def run_chunk(token: str, chunk: Any, delivery: Delivery | None = None) -> Any:
         program = _programs[token] = delivery.program
         while len(_programs) > _MAX_PROGRAMS:
             _programs.popitem(last=False)
-    return program(chunk)
+    try:
+        return program(chunk)
+    finally:
+        _reopen_streams()
+
+
+def _reopen_streams() -> None:
+    """Ray writes to them around each task: if a job has closed them, Ray would fail the tasks that follow."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream.closed:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the worker lives
