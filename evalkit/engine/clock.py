@@ -45,8 +45,9 @@ class Clock:
                 return
             heapq.heappush(self._heap, entry)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread  # only now: Ctrl-C may come before it has started, and then it cannot be joined
             elif self._heap[0] is entry:
                 self._changed.notify()
 
@@ -55,7 +56,7 @@ class Clock:
         with self._changed:
             self._closed = True
             self._heap.clear()
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
 

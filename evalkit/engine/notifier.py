@@ -60,8 +60,9 @@ class Notifier:
         if self.inline:
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="evalkit-callbacks", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._serve, name="evalkit-callbacks", daemon=True)
+            thread.start()
+            self._thread = thread  # only now: Ctrl-C may come before it has started, and then it cannot be joined
         elif self._busy is None:
             self._changed.notify_all()
 

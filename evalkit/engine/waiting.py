@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from operator import attrgetter
 
 from evalkit.job import Job
 
 __all__ = ["AllWaiter", "BatchWaiter", "JobWaiter", "Waiter"]
+
+#: Seconds after which the main thread looks up: Python does not hear a signal that came just before it began to wait.
+_LOOK_UP = 0.2
 
 
 class Waiter:
@@ -53,11 +58,13 @@ class Waiter:
 
     def wait(self, timeout: float | None) -> bool:
         """Wait to be released, at most ``timeout`` seconds; say whether that came."""
-        timeout = -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
-        if self._gate.acquire(timeout=timeout):
-            self._gate.release()
-            return True
-        return self.done
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        longest = _LOOK_UP if threading.current_thread() is threading.main_thread() else threading.TIMEOUT_MAX
+        while not self._gate.acquire(timeout=min(max(0.0, deadline - time.monotonic()), longest)):
+            if time.monotonic() >= deadline:
+                return self.done
+        self._gate.release()
+        return True
 
 
 class BatchWaiter(Waiter):

@@ -84,7 +84,7 @@ def test_without_an_address_a_local_ray_is_started_and_ends_with_the_last_evalua
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert not ray.is_initialized()
-    assert folders() == before, "its folder is gone"
+    assert folders() <= before, "its folder is gone"
 
 
 @pytest.mark.slow
