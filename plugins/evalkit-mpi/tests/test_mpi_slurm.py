@@ -47,9 +47,11 @@ class Slurm:
             try:
                 return process.wait(walltime)
             except subprocess.TimeoutExpired:
-                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    child.send_signal(signal.SIGKILL)
+                family = psutil.Process(process.pid).children(recursive=True)
+                for one in [*family, process]:
+                    one.send_signal(signal.SIGKILL)
                 process.wait()
+                psutil.wait_procs(family, 30)  # until they are gone, the search is theirs
                 return None
 
     @property
