@@ -147,8 +147,7 @@ def _make(settings: SessionSettings) -> _Made:
         # A folder of our own: it goes when we go, and no other program finds this Ray and attaches itself to it.
         folder = arguments["_temp_dir"] = _new_folder()
     try:
-        listening = _loopback_only() if "_node_ip_address" not in arguments else contextlib.nullcontext()
-        with listening, _subreaper():
+        with _loopback_only() if "_node_ip_address" not in arguments else contextlib.nullcontext():
             _init("local", arguments)
     except BaseException as exc:
         if folder is not None:
@@ -157,22 +156,6 @@ def _make(settings: SessionSettings) -> _Made:
             raise
         raise BackendError(f"a local Ray does not start: {type(exc).__name__}: {exc}") from exc
     return _Made(settings, folder)
-
-
-@contextlib.contextmanager
-def _subreaper() -> Iterator[None]:
-    """What a job has started ends with its worker, also what has moved to a session of its own.
-
-    Otherwise Ray only ends what stayed in the process group of the worker. It reads this before its ``_system_config``.
-    """
-    name = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "true")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
 
 
 def _connect(address: str, settings: SessionSettings, arguments: dict[str, Any]) -> None:
