@@ -86,7 +86,8 @@ def _isolating(name: str, needs: Sequence[str] = (), **settings: Any) -> Backend
     return Backend(
         name,
         [
-            Run("faults", [*_DEATHS, *_MILD, "descriptors"], options=options),
+            # Children come last: what a job has left running in a worker that then dies is not found on every engine.
+            Run("faults", [*_DEATHS, "descriptors", *_MILD], options=options),
             Run("hangs", ["hang", "hang-c", "hang-deaf", "children-hang"], options=_TIME),
             Run("ends", _INTERRUPTS, resumed=True),
         ],
