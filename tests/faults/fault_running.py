@@ -299,9 +299,10 @@ def master(programs: Programs, process: subprocess.Popen[bytes]) -> psutil.Proce
 
 
 def say_end(programs: Programs, fault: str, code: int, stood_still: bool) -> str:
-    record = [record for record in records(programs.folder) if record.args["fault"] == fault][-1]
-    # The record of a start may not be written yet when the program dies.
-    state = "unfinished" if str(record.state) in ("QUEUED", "RUNNING") else str(record.state)
+    states = [str(record.state) for record in records(programs.folder) if record.args["fault"] == fault]
+    # The record of a start may not be written yet when the program dies; and whose files were closed may have lost it.
+    state = states[-1] if states else "lost" if fault == "descriptors" else RED + "lost"
+    state = "unfinished" if state in ("QUEUED", "RUNNING") else state
     if programs.backend.mpi and code:
         how = "the program ends" if fault not in ("ctrl-c", "ctrl-c-group") else "the program ends in good order"
     elif code < 0:
