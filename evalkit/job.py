@@ -85,14 +85,15 @@ class Run(Protocol):
 class _Said:
     """What there is to say of few jobs."""
 
-    __slots__ = ("attempts", "captured", "phase", "progress", "records", "resources", "stop_message")
+    __slots__ = ("attempts", "captured", "kept", "phase", "progress", "records", "resources", "stop_message")
 
     def __init__(self) -> None:
         self.attempts: list[Attempt] = []
         self.resources: dict[str, str] = {}
         self.progress = 0.0
         self.phase = ""
-        self.records: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] | None = None
+        self.kept = 0  # of these, of earlier attempts
         self.stop_message: str | None = None
         self.captured: JobLog | None = None
 
@@ -231,7 +232,12 @@ class Job:
     @property
     def records(self) -> list[dict[str, Any]]:
         """What the run function recorded while it ran, in order; kept whatever becomes of the job."""
-        return list(self._said.records)
+        return list(self._said.records or ())
+
+    @property
+    def recorded(self) -> list[dict[str, Any]] | None:
+        """:attr:`records`; None if there never were any."""
+        return None if self._said.records is None else self.records
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -415,7 +421,16 @@ class Job:
         said.resources = {}
         self.attempt += 1
         self.output = self.error = self.cause = self._measured = self._ran_by = None
-        said.progress, said.phase, said.captured = 0.0, "", None
+        said.progress, said.phase, said.captured, said.kept = 0.0, "", None, len(said.records or ())
+
+    def rerun(self) -> None:
+        """Back to the queue, as if this attempt had not started."""
+        self.move(_QUEUED)
+        self._measured = self._ran_by = None
+        if self._said is not _NOTHING:
+            said = self._said
+            said.progress, said.phase, said.captured = 0.0, "", None
+            said.records = said.records and said.records[: said.kept]
 
     def finish(
         self,
@@ -494,7 +509,10 @@ class Job:
         said.progress, said.phase = progress, phase
 
     def note_record(self, values: dict[str, Any]) -> None:
-        self._say().records.append(values)
+        said = self._say()
+        if said.records is None:
+            said.records = []
+        said.records.append(values)
 
     def note_log(self, log: JobLog) -> None:
         self._say().captured = log

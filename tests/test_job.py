@@ -31,6 +31,7 @@ from evalkit.job import (
     is_failed_objective,
     objective_of,
 )
+from evalkit.storage.base import JobUpdate
 
 
 def job_in(state: JobState, **end: Any) -> Job:
@@ -207,6 +208,26 @@ def test_callbacks_that_race_with_the_end_are_called_exactly_once() -> None:
             callback(job)
         thread.join()
         assert len(seen) == 5
+
+
+def test_a_run_that_does_not_count_leaves_nothing() -> None:
+    job = job_in(JobState.RUNNING)
+    job.note_record({"step": 0})
+    job.retry(JobCause.CRASH, ErrorInfo("WorkerDied", "it died"))
+    job.start(3.0)
+    job.note_record({"step": 1})
+    job.note_progress(0.5, "half way")
+    job.rerun()
+    assert (job.state, job.attempt, job.records) == (JobState.QUEUED, 1, [{"step": 0}])
+    assert (job.status.progress, job.status.start_timestamp) == (0.0, None)
+
+
+def test_what_a_run_that_does_not_count_had_recorded_is_not_stored() -> None:
+    job = job_in(JobState.RUNNING)
+    assert JobUpdate.of(job).records is None
+    job.note_record({"step": 0})
+    job.rerun()
+    assert JobUpdate.of(job).records == []
 
 
 # -- objectives -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from evalkit.backends.events import (
     Progress,
     Recorded,
     Released,
+    Rerun,
     Started,
     WorkerIdentity,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Reach",
     "Recorded",
     "Released",
+    "Rerun",
     "RunFailedError",
     "RunFunction",
     "RunLostError",

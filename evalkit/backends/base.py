@@ -97,6 +97,7 @@ class Backend(ABC):
       ``stop`` comes first. After that, nothing more is emitted for that run, except ``Released`` if it was abandoned.
     - ``Started`` comes when a run starts, since ``job_timeout`` counts from it. It may be left out where the end is
       told at once, with what was measured.
+    - ``Rerun`` takes a run back that was told of, and was not asked to stop; the task is then as if just dispatched.
     - Events of one job are emitted in order.
     - Tasks start in the order of dispatch, as far as the engine has one order.
 

@@ -19,6 +19,7 @@ __all__ = [
     "Progress",
     "Recorded",
     "Released",
+    "Rerun",
     "Started",
     "WorkerIdentity",
 ]
@@ -99,6 +100,16 @@ class Lost:
 
 
 @dataclass(slots=True)
+class Rerun:
+    """The run ended by no fault of the job, and the backend, which keeps the task, will run it again.
+
+    It is no attempt of its own: what was said in it is dropped.
+    """
+
+    job_id: str
+
+
+@dataclass(slots=True)
 class Released:
     """A run that was abandoned has ended after all. Told where the task had resources, which are free from now on."""
 
@@ -106,4 +117,4 @@ class Released:
     attempt: int
 
 
-Event = Started | Progress | Recorded | Printed | Done | Failed | Cancelled | Lost | Released
+Event = Started | Progress | Recorded | Printed | Done | Failed | Cancelled | Lost | Rerun | Released

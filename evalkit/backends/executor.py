@@ -29,7 +29,7 @@ from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.batching import ChunkSizer
 from evalkit.backends.chunk import Program, Setup
 from evalkit.backends.chunk_wire import Kind, Message, Outcome, pack_task, read_saying, unpack_message, unpack_outcome
-from evalkit.backends.events import Cancelled, Event, Failed, Lost, Released, Started
+from evalkit.backends.events import Cancelled, Event, Failed, Lost, Released, Rerun, Started
 from evalkit.backends.execution import check_worker_init, describe, failed
 from evalkit.backends.executor_call import Call, Fault, Reach
 from evalkit.backends.executor_threads import Mender, before_executors_wait
@@ -550,7 +550,7 @@ class ExecutorBackend(Backend):
                 events.append(Failed(call.tasks.pop(index).id, JobCause.LOST, error))
         tasks = [task for call in calls for task in call.tasks.values()]
         if killed:
-            self._waiting.extendleft(reversed(tasks))
+            self._waiting.extendleft(reversed(_again(calls, events)))
         elif fault.cause is JobCause.LOST:
             events += [Lost(task.id, str(fault.error)) for task in tasks]
         elif len(tasks) == 1:
@@ -558,7 +558,7 @@ class ExecutorBackend(Backend):
                 events.append(Started(tasks[0].id, time.time()))  # it ended before that could be said
             events.append(Failed(tasks[0].id, fault.cause, fault.error))
         else:
-            suspects.extend(tasks)
+            suspects.extend(_again(calls, events))
         return events
 
 
@@ -568,6 +568,20 @@ def _remove(queue: deque[Task], job_id: str) -> bool:
             queue.remove(task)
             return True
     return False
+
+
+def _again(calls: list[Call], events: list[Event]) -> list[Task]:
+    """The jobs of these calls that run again; what is to be told of that, and of the others, is in the events."""
+    tasks = []
+    for call in calls:
+        for index, task in call.tasks.items():
+            if index in call.asked:
+                events.append(Cancelled(task.id))
+                continue
+            if index in call.started:
+                events.append(Rerun(task.id))
+            tasks.append(task)
+    return tasks
 
 
 def _name_of_thread() -> str:

@@ -30,6 +30,7 @@ from evalkit.backends.events import (
     Progress,
     Recorded,
     Released,
+    Rerun,
     Started,
 )
 from evalkit.backends.execution import describe
@@ -103,6 +104,7 @@ class Scheduler:
             Failed: self._on_failed,
             Cancelled: self._on_cancelled,
             Lost: self._on_lost,
+            Rerun: self._on_rerun,
             Released: self._on_released,
         }
 
@@ -400,7 +402,7 @@ class Scheduler:
 
     def _on_cancelled(self, turn: _Turn, job: Job, event: Cancelled) -> None:
         self._leave_backend(job)
-        if job.state is not JobState.CANCELLING:
+        if job.state is not JobState.CANCELLING and job.id not in self._dooms:
             job.move(JobState.CANCELLING, "interrupted")
         self._end(turn, job, JobState.CANCELLED)
 
@@ -420,6 +422,13 @@ class Scheduler:
             return
         turn.changed.append(job)
         self._pending.appendleft(job)
+
+    def _on_rerun(self, turn: _Turn, job: Job, event: Rerun) -> None:
+        if job.state is JobState.RUNNING and job.id not in self._dooms:
+            self._endings.over(job)
+            job.rerun()
+            turn.changed.append(job)
+            turn.progressed.append(job)
 
     def _on_released(self, turn: _Turn, job: Job | None, event: Released) -> None:
         if self._resources is not None:

@@ -132,7 +132,7 @@ class JobUpdate:
             job.error,
             job.cause,
             job.measured,
-            job.records or None,
+            job.recorded,
             job.attempt,
             log=None if printed is None else str(printed),
         )

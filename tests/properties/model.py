@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evalkit import Job, JobCause, JobState, RetryPolicy
-from evalkit.backends import Cancelled, Done, Event, Failed, Lost, Recorded, Started, Task
+from evalkit.backends import Cancelled, Done, Event, Failed, Lost, Recorded, Rerun, Started, Task
 
 __all__ = ["Expected", "Model"]
 
@@ -34,6 +34,7 @@ class Expected:
     failures: Counter[JobCause] = field(default_factory=Counter)
     attempts: list[JobCause] = field(default_factory=list)  # why each run but the last did not count
     records: list[dict[str, Any]] = field(default_factory=list)
+    kept: int = 0  # of these, of earlier attempts
     gathered: bool = False
 
     @property
@@ -105,12 +106,15 @@ class Model:
                 one.state = JobState.RUNNING
         elif isinstance(event, Recorded):
             one.records.append(event.values)
+        elif isinstance(event, Rerun) and one.state is JobState.RUNNING and not one.late:
+            one.state, one.since = JobState.QUEUED, None
+            del one.records[one.kept :]
         elif isinstance(event, Done | Failed | Lost | Cancelled):
             self._run_over(one, event)
 
     def _run_over(self, one: Expected, event: Event) -> None:
         one.in_backend = False
-        if one.state is JobState.CANCELLING or isinstance(event, Cancelled):
+        if one.state is JobState.CANCELLING or (isinstance(event, Cancelled) and not one.late):
             one.output = event.output if isinstance(event, Done) else None
             self._end(one, JobState.CANCELLED)
         elif one.late:
@@ -144,6 +148,7 @@ class Model:
 
     def _again(self, one: Expected, cause: JobCause) -> None:
         one.attempts.append(cause)
+        one.kept = len(one.records)
         one.state, one.attempt, one.late, one.since, one.output = JobState.QUEUED, one.attempt + 1, False, None, None
 
     def _end(self, one: Expected, state: JobState, cause: JobCause | None = None) -> None:

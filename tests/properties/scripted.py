@@ -20,6 +20,7 @@ from evalkit.backends import (
     Progress,
     Recorded,
     Released,
+    Rerun,
     Started,
     Task,
     WorkerIdentity,
@@ -139,6 +140,8 @@ class ScriptedBackend(Backend):
             return  # a message nobody waits for
         if isinstance(event, Started):
             run.running = True
+        elif isinstance(event, Rerun):
+            run.running = False
         elif not isinstance(event, Progress | Recorded):
             del self.runs[event.job_id]
             if isinstance(event, Failed) and event.abandoned:
@@ -186,6 +189,9 @@ class ScriptedBackend(Backend):
         for run in running:
             if self.rng.random() < 0.3:
                 events += [Progress(run.task.id, self.rng.random(), "on"), Recorded(run.task.id, {"n": self._acts})]
+            if run.asked is None and self.rng.random() < 0.1:
+                events.append(Rerun(run.task.id))
+                continue
             if self.rng.random() < 0.4:
                 events.append(self.rng.choice(self.ends(run)))
         if events:
