@@ -9,7 +9,6 @@ import os
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -54,7 +53,7 @@ _SERVED = (
     "this process only served the one that drives, which has closed the evaluator: put what submits and gathers under "
     "'if evaluator.is_master:'"
 )
-_open: weakref.WeakSet[Evaluator] = weakref.WeakSet()
+_open: set[Evaluator] = set()  # held until they are closed: a job may run on though nobody holds the evaluator
 
 
 class Evaluator:

@@ -142,3 +142,26 @@ def test_what_ends_a_program_leaves_no_process(tmp_path: Path, backend: str, num
     assert program.end() == ""
     assert program.process.returncode == -number
     assert program.states()[0] is JobState.DONE
+
+
+DROPPED = """
+from evalkit import Evaluator
+
+def run(job):
+    while not job.stopped():
+        pass
+
+def main():
+    Evaluator.create(run, "thread", {"storage": "sqlite:///study.db", "grace": 5.0}).submit([{"x": 1}, {"x": 2}])
+
+main()
+"""
+
+
+def test_an_evaluator_that_nobody_holds_or_closes_is_closed_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(DROPPED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, timeout=60, check=True)
+    with contextlib.closing(SQLStorage(f"sqlite:///{tmp_path}/study.db")) as storage:
+        records = storage.load_jobs(storage.list_searches()[0])
+    assert [record.state for record in records] == [JobState.CANCELLED, JobState.CANCELLED]

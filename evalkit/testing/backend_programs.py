@@ -71,6 +71,7 @@ class BackendPrograms(BackendFixtures):
                 files.wait("over.started")
                 files.release("a")
             _, errors = program.communicate(timeout=2 * BOUND)
+        assert not Path(files["a.release.missed"]).exists(), "what ran was not ended: it gave up by itself"
         assert (program.returncode == 0) == (end == "pass"), errors
         assert ("Traceback" in errors) == (end != "pass"), errors
         assert end == "pass" or "the program fails" in errors

@@ -119,6 +119,7 @@ def _until(path: str) -> Generator[None, None, None]:
     deadline = time.monotonic() + PATIENCE
     while not os.path.exists(path):
         if time.monotonic() > deadline:
+            Path(f"{path}.missed").touch()
             raise TimeoutError(f"nobody created {path} in {PATIENCE} s")
         yield
 

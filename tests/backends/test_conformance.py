@@ -85,6 +85,7 @@ class _OwnProcesses(ExecutorBackend):
 class TestOwnProcessExecutor(_ThirdParty):
     backend = _OwnProcesses
     says_how_workers_die = False
+    exits_at_once = False
 
 
 class _Carried(AsyncBackend):
