@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import math
 import os
@@ -29,6 +30,7 @@ from evalkit.engine.arguments import (
 from evalkit.engine.budget import Budget
 from evalkit.engine.clock import Clock
 from evalkit.engine.drawing import CHUNK, Drawer
+from evalkit.engine.interrupts import InterruptHeld
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
 from evalkit.engine.resources import Resources, check_resources
@@ -53,6 +55,7 @@ _SERVED = (
     "this process only served the one that drives, which has closed the evaluator: put what submits and gathers under "
     "'if evaluator.is_master:'"
 )
+_CLOSED = "the evaluator was closed"
 _open: set[Evaluator] = set()  # held until they are closed: a job may run on though nobody holds the evaluator
 
 
@@ -480,31 +483,34 @@ class Evaluator:
         with self._closing:
             if self._budget.closed:
                 return []
-            self._budget.close()
-            _open.discard(self)
-            reason = "the evaluator was closed"
+            with InterruptHeld(lambda: self._scheduler.kill_all(_CLOSED)):
+                return self._end(exc)
+
+    def _end(self, exc: BaseException | None) -> list[Job]:
+        self._budget.close()
+        try:
+            cancelled = self._scheduler.close_intake(_CLOSED)
+            self._backend.stop(self._grace)
+        finally:
+            self._scheduler.give_up(_CLOSED)
+            self._timers.close()
+            self._slow_timers.close()
+            if self._awaiter is not None:
+                self._awaiter.close()
             try:
-                cancelled = self._scheduler.close_intake(reason)
-                self._backend.stop(self._grace)
+                # A submit that was under way says of its jobs that they were withdrawn; that is written too.
+                if self._submitting.acquire(timeout=_LAST_SUBMIT):
+                    self._submitting.release()
+                self._recorder.flush()
             finally:
-                self._scheduler.give_up(reason)
-                self._timers.close()
-                self._slow_timers.close()
-                if self._awaiter is not None:
-                    self._awaiter.close()
                 try:
-                    # A submit that was under way says of its jobs that they were withdrawn; that is written too.
-                    if self._submitting.acquire(timeout=_LAST_SUBMIT):
-                        self._submitting.release()
-                    self._recorder.flush()
+                    self._notifier.close()
+                    if self._owns_storage:
+                        self._storage.close()
                 finally:
-                    try:
-                        self._notifier.close()
-                        if self._owns_storage:
-                            self._storage.close()
-                    finally:
-                        self._backend.release(exc)
-            return cancelled
+                    _open.discard(self)
+                    self._backend.release(exc)
+        return cancelled
 
     def __enter__(self) -> Self:
         return self
@@ -523,8 +529,9 @@ class Evaluator:
 @atexit.register
 def _close_what_is_open() -> None:
     """Whoever forgets to close leaves no process behind."""
-    for evaluator in list(_open):
-        evaluator.close()
+    with contextlib.ExitStack() as stack:  # one that raises leaves the others their turn
+        for evaluator in list(_open):
+            stack.callback(evaluator.close)
 
 
 def _disown_all() -> None:

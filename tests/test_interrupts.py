@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from evalkit.storage import SQLStorage
 
 #: Job 1 ends, and jobs 2 and 3 run until they are asked to stop. The program says when it is at the place to break it.
 PROGRAM = """
-import gc, os, sys, time
+import gc, os, pathlib, sys, time
 gc.disable()  # Python itself drops a signal that comes while the collector calls back
 from evalkit import Callback, Evaluator
 
@@ -33,6 +34,8 @@ def run(job):
         file.write(f"{os.getpid()}\\n")
     while job["x"] > 1 and (grace > 10 or not job.stopped()):
         time.sleep(0.01)
+        if job.stopped():
+            open("asked", "w").close()
     return job["x"]
 
 def endless():
@@ -57,9 +60,8 @@ with Evaluator.create(run, backend, options) as evaluator:
     if place == "gather":
         here()
         evaluator.gather("BATCH")
-    if place == "close":
-        time.sleep(0.5)  # so that they run
-        here()
+    while place == "close" and pathlib.Path("pids").read_text().count("\\n") < 3:
+        time.sleep(0.01)
 """
 
 
@@ -75,6 +77,9 @@ class Program:
             command, cwd=folder, env=os.environ | path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
+        if args[1] == "close":
+            wait_until((folder / "asked").exists, 60.0)
+            return
         for line in self.process.stdout:
             if line == "here\n":
                 return
@@ -105,17 +110,22 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("backend", ["process", "thread", "serial"])
-@pytest.mark.parametrize("place", ["gather", "submit", "callback", "close"])
+@pytest.mark.parametrize(
+    ("place", "backend"),
+    [
+        *itertools.product(["gather", "submit", "callback"], ["process", "thread", "serial"]),
+        ("close", "process"),
+        ("close", "thread"),  # on serial nothing runs in close
+    ],
+)
 def test_ctrl_c(tmp_path: Path, backend: str, place: str) -> None:
-    program = Program(tmp_path, backend, place, "0.5")
+    program = Program(tmp_path, backend, place, "100" if place == "close" else "0.5")
     program.process.send_signal(signal.SIGINT)
     err = program.end()
     # As any Python program: one traceback, of the user's own line; nothing from how the interpreter ends.
     assert program.process.returncode == -signal.SIGINT
-    if place != "close" or err:  # closing may be over by then, and a signal that meets the interpreter's end is silent
-        assert err.rstrip().endswith("KeyboardInterrupt"), err
-        assert err.count("Traceback") == 1, err
+    assert err.rstrip().endswith("KeyboardInterrupt"), err
+    assert err.count("Traceback") == 1, err
     assert "ignored" not in err, err
     states = program.states()
     assert states[0] is JobState.DONE
@@ -126,8 +136,7 @@ def test_ctrl_c(tmp_path: Path, backend: str, place: str) -> None:
 def test_ctrl_c_twice_does_not_wait_for_the_grace(tmp_path: Path, backend: str) -> None:
     program = Program(tmp_path, backend, "gather", "100")
     program.process.send_signal(signal.SIGINT)
-    time.sleep(0.5)  # it closes by now; if not, that is as good
-    assert program.process.poll() is None
+    wait_until((tmp_path / "asked").exists, 60.0)  # it closes by now
     program.process.send_signal(signal.SIGINT)
     err = program.end()
     assert "ignored" not in err, err
@@ -142,6 +151,62 @@ def test_what_ends_a_program_leaves_no_process(tmp_path: Path, backend: str, num
     assert program.end() == ""
     assert program.process.returncode == -number
     assert program.states()[0] is JobState.DONE
+
+
+SWEEP = """
+import signal, sys
+from evalkit import Evaluator
+from evalkit.storage import SQLStorage
+
+def run(job):
+    while job["x"] and not job.stopped():
+        pass
+
+def interrupt_at(number):
+    # Python looks for signals where a function begins, and where one written in C has returned.
+    seen = 0
+    def watch(frame, event, arg):
+        nonlocal seen
+        path = frame.f_code.co_filename
+        if event in ("call", "c_return") and ("/evalkit/" in path or path.endswith("/threading.py")):
+            seen += 1
+            if seen == number:
+                sys.setprofile(None)
+                signal.raise_signal(signal.SIGINT)
+    return watch
+
+storage = SQLStorage("sqlite:///study.db")
+number = interrupted = 0
+while True:
+    number += 1
+    evaluator = Evaluator.create(run, sys.argv[1], {"storage": storage, "grace": 30.0})
+    evaluator.submit([{"x": 0}, {"x": 1}, {"x": 2}, {"x": 3}])
+    sys.setprofile(interrupt_at(number))
+    try:
+        evaluator.close()
+        sys.setprofile(None)
+        break
+    except KeyboardInterrupt:
+        sys.setprofile(None)
+        interrupted += 1
+    evaluator.close()  # as the interpreter does when it ends, if that has not happened
+    states = {record.state.value for record in storage.load_jobs(evaluator.search_id)}
+    assert states <= {"DONE", "CANCELLED"}, (number, states)
+assert interrupted == number - 1
+print(interrupted)
+"""
+
+
+@pytest.mark.parametrize("backend", ["serial", "thread"])
+def test_wherever_ctrl_c_meets_close_it_is_done_to_its_end(tmp_path: Path, backend: str) -> None:
+    (tmp_path / "program.py").write_text(SWEEP)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-W", "error", "program.py", backend]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, timeout=100, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
 
 
 DROPPED = """

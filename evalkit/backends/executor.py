@@ -238,6 +238,7 @@ class ExecutorBackend(Backend):
             task = call.tasks.pop(index, None)
             if task is not None and task.resources:
                 call.abandoned.append(Released(task.id, task.attempt))
+            self._settled.notify_all()
         if task is not None:
             error = ErrorInfo("Abandoned", "this backend cannot end a running job, so it was abandoned")
             self._emit([Failed(task.id, JobCause.LOST, error, abandoned=True)])

@@ -43,10 +43,12 @@ class ThreadBackend(Backend):
         # Whoever pops a task out of here has it: a thread that runs it, or a cancel.
         self._waiting: dict[str, Task] = {}
         # Likewise: whoever pops a run tells of its end, the thread or the one who abandons it.
-        self._runs: dict[str, LocalChannel] = {}
-        self._threads: list[threading.Thread] = []
+        self._runs: dict[str, _Run] = {}
+        self._threads: set[threading.Thread] = set()  # that were not abandoned
         self._lock = threading.Lock()
+        self._left = threading.Condition(self._lock)  # a thread has left
         self._started = 0
+        self._stopping = False
         self._warned = False
 
     @property
@@ -64,8 +66,13 @@ class ThreadBackend(Backend):
         name = f"thread-{self._started}"
         self._started += 1
         thread = threading.Thread(target=self._serve, args=(name,), name=f"evalkit-{name}", daemon=True)
-        self._threads.append(thread)
+        self._threads.add(thread)
         thread.start()
+
+    def _leave(self, thread: threading.Thread) -> None:
+        with self._left:
+            self._threads.discard(thread)
+            self._left.notify_all()
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
@@ -76,18 +83,20 @@ class ThreadBackend(Backend):
         if self._waiting.pop(job_id, None) is not None:
             self._emit([Cancelled(job_id)])
         elif kill:
-            channel = self._runs.pop(job_id, None)
-            if channel is not None:
-                channel.close()
-                self._abandon(job_id)
+            given_up = self._runs.pop(job_id, None)
+            if given_up is not None:
+                given_up.close()
+                self._abandon(job_id, given_up.thread)
         else:
-            channel = self._runs.get(job_id)
-            if channel is not None:
-                channel.request_stop()
+            asked = self._runs.get(job_id)
+            if asked is not None:
+                asked.request_stop()
 
-    def _abandon(self, job_id: str) -> None:
+    def _abandon(self, job_id: str, thread: threading.Thread) -> None:
+        self._leave(thread)
         with self._lock:
-            self._add_thread()
+            if not self._stopping:
+                self._add_thread()
             warn, self._warned = not self._warned, True
         error = ErrorInfo("Abandoned", "the thread it runs in was abandoned")
         self._emit([Failed(job_id, JobCause.LOST, error, abandoned=True)])
@@ -102,17 +111,18 @@ class ThreadBackend(Backend):
                 _log.warning("%s", text)
 
     def stop(self, grace: float) -> None:
-        deadline = time.monotonic() + grace
         self._waiting.clear()
-        for channel in list(self._runs.values()):
-            channel.request_stop()
-        with self._lock:
-            threads = list(self._threads)
-        for _ in threads:
-            self._queue.put(None)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
+        for one in list(self._runs.values()):
+            one.request_stop()
+        with self._left:
+            self._stopping = True
+            threads = self._threads - {threading.current_thread()}
+            for _ in self._threads:
+                self._queue.put(None)
+            self._left.wait_for(lambda: not self._threads & threads, grace)
+            gone = threads - self._threads
+        for thread in gone:
+            thread.join(0.1)  # its last lines
         self._runs.clear()
 
     def _serve(self, name: str) -> None:
@@ -153,7 +163,7 @@ class ThreadBackend(Backend):
                 if job_id not in self._waiting:
                     continue  # it was cancelled
                 # Before it is taken, so that a cancel finds it in one place or the other.
-                self._runs[job_id] = channel = LocalChannel(self._emit)
+                self._runs[job_id] = channel = _Run(self._emit)
                 task = self._waiting.pop(job_id, None)
                 if task is None:
                     self._runs.pop(job_id, None)
@@ -177,3 +187,14 @@ class ThreadBackend(Backend):
                 self._emit(events)
             if runner is not None:
                 runner.close()
+            self._leave(threading.current_thread())
+
+
+class _Run(LocalChannel):
+    """The channel of a run, and the thread it is in."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self, emit: Emit) -> None:
+        super().__init__(emit)
+        self.thread = threading.current_thread()

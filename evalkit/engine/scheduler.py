@@ -194,6 +194,14 @@ class Scheduler:
     def log_of(self, job: Job) -> JobLog | None:
         return self._backend.log_of(job.id)
 
+    def kill_all(self, reason: str) -> None:
+        """Take nothing in from now on, and end all that is out by force."""
+        self.close_intake(reason)
+        with self._lock:
+            running = list(self._in_backend)
+        for job_id in running:
+            self._backend.cancel(job_id, kill=True)
+
     def give_up(self, reason: str) -> None:
         """The backend has stopped: what has not ended by now never will."""
         turn = _Turn(self.clock())

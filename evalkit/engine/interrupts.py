@@ -1,0 +1,48 @@
+"""Ctrl-C while something is done that must not be torn."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Self
+
+__all__ = ["InterruptHeld"]
+
+
+class InterruptHeld:
+    """In this block, the ``KeyboardInterrupt`` of a Ctrl-C waits until the end; that of a second one does not.
+
+    Where something else than Python's own handler hears Ctrl-C, that goes on as it does.
+
+    Args:
+        hurry: called in another thread when Ctrl-C comes, so that the end comes soon.
+    """
+
+    def __init__(self, hurry: Callable[[], None]) -> None:
+        self._hurry = hurry
+        self._heard = False
+        self._holds = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._holds = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            if self._holds:
+                signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._holds:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._heard:
+                raise KeyboardInterrupt
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._heard:
+            raise KeyboardInterrupt
+        self._heard = True
+        # The main thread may hold any lock at this moment.
+        with contextlib.suppress(RuntimeError):  # the interpreter ends, and starts no thread
+            threading.Thread(target=self._hurry, name="evalkit-hurry", daemon=True).start()
