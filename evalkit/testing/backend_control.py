@@ -268,15 +268,3 @@ def _has_phase(job: Job, phase: str) -> bool:
 
 def _has_printed(job: Job, text: str) -> bool:
     return text in job.log
-
-
-def _marked(mark: str) -> list[Any]:
-    """The processes that have a mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("EVALKIT_SUITE_MARK") == mark:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found

@@ -15,6 +15,7 @@ from evalkit import Evaluator, Job, JobCause, JobState, RetryPolicy
 from evalkit.errors import EvalkitError, JobFailedError
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, BackendFixtures, Files, eventually, gathering, in_background
+from evalkit.testing.processes import runs
 
 __all__ = ["BackendCrashes", "BackendExceptions", "BackendRetries", "BackendTimeouts"]
 
@@ -161,7 +162,7 @@ class BackendCrashes(BackendFixtures):
         unharmed, crashed = evaluator.submit([files.holder("a"), {"after": files["a.started"], **files.holder("b")}])
         with gathering(evaluator):
             pid = files.wait_started("b")
-            eventually(lambda: _has_ended(pid), "the crash")
+            eventually(lambda: not runs(pid), "the crash")
             files.release("a")
         assert (crashed.state, crashed.cause) == (JobState.FAILED, JobCause.CRASH)
         assert (unharmed.state, unharmed.output, unharmed.attempt) == (JobState.DONE, "unharmed", 0)
@@ -174,13 +175,6 @@ class BackendCrashes(BackendFixtures):
         in_background(evaluator.gather, "ALL").result(BOUND)
         assert job.cause is JobCause.CRASH
         assert job.records == [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 0.5}]
-
-
-def _has_ended(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 class BackendRetries(BackendFixtures):
@@ -293,7 +287,7 @@ class BackendTimeouts(BackendFixtures):
         pids = [int(pid) for pid in files.wait("a.started").split()]
         in_background(evaluator.gather, "ALL").result(BOUND)
         assert (job.state, job.cause) == (JobState.FAILED, JobCause.TIMEOUT)
-        eventually(lambda: not any(map(functions.runs, pids)), "the end of all that the job had started")
+        eventually(lambda: not any(map(runs, pids)), "the end of all that the job had started")
 
     def test_timeouts_are_tried_again_if_the_policy_says_so(self, make: Make) -> None:
         self.need(self.can.kills_running or self.inline, "way to end a job")

@@ -9,16 +9,15 @@ import os
 import subprocess
 import sys
 import textwrap
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import cloudpickle
-import psutil
 import pytest
 
 from evalkit.testing.backend_fixtures import BOUND, BackendFixtures, Files, eventually
+from evalkit.testing.processes import Mark
 
 __all__ = ["BackendPrograms"]
 
@@ -105,11 +104,9 @@ class BackendPrograms(BackendFixtures):
                 body=textwrap.indent(textwrap.dedent(body), "    "),
             )
         )
-        mark = uuid.uuid4().hex
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "EVALKIT_SUITE_MARK": mark,
-        }
+        mark = Mark()
+        environment = os.environ | mark.environment
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         program = subprocess.Popen(
             self.command(script), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -120,19 +117,7 @@ class BackendPrograms(BackendFixtures):
                 except BaseException:
                     program.kill()
                     raise
-            eventually(lambda: not _marked(mark), "the end of all processes of the program")
+            eventually(lambda: not mark.processes(), "the end of all processes of the program")
         finally:
-            for process in _marked(mark):
+            for process in mark.processes():
                 process.kill()
-
-
-def _marked(mark: str) -> list[psutil.Process]:
-    """The processes that have a mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("EVALKIT_SUITE_MARK") == mark:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found

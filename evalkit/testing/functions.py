@@ -19,8 +19,6 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
 from evalkit.running import RunningJob
 
 __all__ = [
@@ -64,7 +62,6 @@ __all__ = [
     "report_too_far",
     "return_kind",
     "reveal",
-    "runs",
     "slow_square",
     "start_children",
     "tell",
@@ -420,14 +417,6 @@ def start_children(job: RunningJob) -> Steps:
         raise RuntimeError("it has no pipe")
     _touch(job["started"], f"{os.getpid()} {plain.pid} {moved.pid} {moved.stdout.readline()}")
     yield from _until(job["release"])
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is there, and has not ended."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def chatter(job: RunningJob) -> Steps:

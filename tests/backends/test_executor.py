@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -66,13 +66,6 @@ def note(job: Any) -> Any:
     if job.get("then") == "hold":
         return functions.Plain(functions.hold)(job)
     return job["x"]
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Files]:
-    files = Files(tmp_path)
-    yield files
-    files.release_all()
 
 
 def warm(evaluator: Evaluator, backend: ExecutorBackend) -> None:

@@ -10,45 +10,18 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from process_fixtures import Make, alive, gather
 
 from evalkit import Evaluator, JobCause, JobState, RunningJob
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.worker import _Worker
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
-
-Make = Callable[..., Evaluator]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[Evaluator] = []
-
-    def make(run_function: Callable[..., Any], **kwargs: Any) -> Evaluator:
-        made.append(Evaluator.create(run_function, "process", {"grace": 0.2, **kwargs}))
-        return made[-1]
-
-    yield make
-    for evaluator in made:
-        in_background(evaluator.close).result(BOUND)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Files]:
-    files = Files(tmp_path)
-    yield files
-    files.release_all()
-
-
-def gather(evaluator: Evaluator, kind: Any = "ALL", size: int = 1) -> Any:
-    return in_background(evaluator.gather, kind, size).result(BOUND)
-
 
 hold = functions.Plain(functions.hold)
 
@@ -64,10 +37,6 @@ def _with_children(job: RunningJob) -> None:
     scratch.write_text(" ".join(str(pid) for pid in (os.getpid(), *(child.pid for child in children))))
     scratch.rename(job["started"])
     time.sleep(600)
-
-
-def _gone(pids: list[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
 
 
 def _script(text: str, path: Path, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
@@ -92,7 +61,7 @@ evaluator.gather("ALL")
         pids = [int(pid) for name in ("a", "b") for pid in files.wait(name).split()]
         nursery = psutil.Process(pids[0]).ppid()
         master.kill()
-        eventually(lambda: _gone([*pids, nursery]), "the end of everything the master had started")
+        eventually(lambda: not alive([*pids, nursery]), "the end of everything the master had started")
 
 
 def test_a_master_that_has_forked_takes_its_workers_along_too(tmp_path: Path, files: Files) -> None:
@@ -116,7 +85,7 @@ evaluator.gather("ALL")
         master.kill()
         try:
             eventually(
-                lambda: _gone([pid]), "the end of the worker, though a fork of the master holds its sockets", 10.0
+                lambda: not alive([pid]), "the end of the worker, though a fork of the master holds its sockets", 10.0
             )
         finally:
             os.kill(child, signal.SIGKILL)
@@ -172,7 +141,7 @@ def test_the_jobs_finish_though_the_nursery_is_killed(make: Make, files: Files) 
     jobs = evaluator.submit([files.holder("a", x=-1), files.holder("b", x=-2), *({"x": x} for x in range(20))])
     pids = [files.wait_started(name) for name in ("a", "b")]
     os.kill(psutil.Process(pids[0]).ppid(), signal.SIGKILL)
-    eventually(lambda: _gone(pids), "the end of the workers of a dead nursery")
+    eventually(lambda: not alive(pids), "the end of the workers of a dead nursery")
     for name in ("a", "b"):
         files.release(name)
     assert gather(evaluator) == jobs
@@ -184,7 +153,7 @@ def test_an_idle_worker_that_is_killed_is_replaced(make: Make) -> None:
     (first,) = evaluator.submit([{}])
     gather(evaluator)
     os.kill(first.output["pid"], signal.SIGKILL)
-    eventually(lambda: _gone([first.output["pid"]]), "the end of the worker")
+    eventually(lambda: not alive([first.output["pid"]]), "the end of the worker")
     (second,) = evaluator.submit([{}])
     gather(evaluator)
     assert second.is_success
@@ -197,9 +166,9 @@ def test_what_a_job_started_ends_with_it(make: Make, files: Files) -> None:
     gather(evaluator)
     assert job.cause is JobCause.TIMEOUT
     pids = [int(pid) for pid in files.wait("a").split()]
-    eventually(lambda: _gone(pids[:2]), "the end of the worker and its child")
+    eventually(lambda: not alive(pids[:2]), "the end of the worker and its child")
     evaluator.close()
-    eventually(lambda: _gone(pids), "the end of the child in a session of its own")
+    eventually(lambda: not alive(pids), "the end of the child in a session of its own")
 
 
 def test_ctrl_c_in_gather_leaves_no_process(tmp_path: Path, files: Files) -> None:
@@ -217,7 +186,7 @@ with Evaluator.create(functions.Plain(functions.hold), "process", {{"num_workers
         _, err = master.communicate(timeout=BOUND)
     assert "KeyboardInterrupt" in err
     assert master.returncode != 0
-    eventually(lambda: _gone([*pids, nursery]), "the end of all processes")
+    eventually(lambda: not alive([*pids, nursery]), "the end of all processes")
 
 
 # -- workers that come and go -----------------------------------------------------------------------------------------
@@ -230,7 +199,7 @@ def test_workers_are_replaced_after_so_many_jobs(make: Make) -> None:
     assert {job.state for job in jobs} == {JobState.DONE}
     pids = [job.output["pid"] for job in jobs]
     assert max(pids.count(pid) for pid in pids) <= 3
-    eventually(lambda: _gone(pids[:3]), "the end of the first worker")
+    eventually(lambda: not alive(pids[:3]), "the end of the first worker")
 
 
 def test_a_worker_for_each_job(make: Make) -> None:
@@ -403,7 +372,7 @@ def test_children_and_threads_that_never_end_hold_up_nobody(make: Make) -> None:
     gather(evaluator)
     assert [job.error for job in jobs] == [None] * 3
     in_background(evaluator.close).result(BOUND)
-    eventually(lambda: _gone([job.output for job in jobs]), "the end of the children of the jobs")
+    eventually(lambda: not alive([job.output for job in jobs]), "the end of the children of the jobs")
 
 
 def _forks(job: RunningJob) -> Any:
@@ -493,7 +462,7 @@ def test_a_job_that_ignores_sigterm_is_killed(make: Make, files: Files) -> None:
     (job,) = evaluator.submit([files.holder("a")])
     gather(evaluator)
     assert (job.state, job.cause) == (JobState.FAILED, JobCause.TIMEOUT)
-    assert _gone([files.wait_started("a")])
+    assert not alive([files.wait_started("a")])
 
 
 def test_short_jobs_behind_a_long_one_go_elsewhere(make: Make, files: Files) -> None:

@@ -8,48 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from process_fixtures import Make, alive, gather
 
-from evalkit import Evaluator, JobCause, JobState, RunningJob
+from evalkit import JobCause, JobState, RunningJob
 from evalkit.testing import functions
-from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
-
-Make = Callable[..., Evaluator]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[Evaluator] = []
-
-    def make(run_function: Callable[..., Any], **kwargs: Any) -> Evaluator:
-        made.append(Evaluator.create(run_function, "process", {"grace": 0.2, **kwargs}))
-        return made[-1]
-
-    yield make
-    for evaluator in made:
-        in_background(evaluator.close).result(BOUND)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Files]:
-    files = Files(tmp_path)
-    yield files
-    files.release_all()
-
-
-def gather(evaluator: Evaluator) -> Any:
-    return in_background(evaluator.gather, "ALL").result(BOUND)
-
-
-def alive(pids: list[int]) -> list[int]:
-    return [
-        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]  # a zombie's number may be taken by then
+from evalkit.testing.backend_fixtures import Files, eventually
 
 
 def _fork(then: Callable[[], None]) -> None:

@@ -12,46 +12,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from process_fixtures import Make, gather
 
-from evalkit import Evaluator, JobCause, JobState, RetryPolicy, RunningJob
+from evalkit import JobCause, JobState, RetryPolicy, RunningJob
 from evalkit.backends.process import capture
 from evalkit.joblog import JobLog
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
 
-Make = Callable[..., Evaluator]
-
 pytestmark = pytest.mark.skipif(not capture.can_capture(), reason="there is no capture on this system")
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[Evaluator] = []
-
-    def make(run_function: Callable[..., Any], **kwargs: Any) -> Evaluator:
-        made.append(Evaluator.create(run_function, "process", {"grace": 0.2, **kwargs}))
-        return made[-1]
-
-    yield make
-    for evaluator in made:
-        in_background(evaluator.close).result(BOUND)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Files]:
-    files = Files(tmp_path)
-    yield files
-    files.release_all()
-
-
-def gather(evaluator: Evaluator) -> Any:
-    return in_background(evaluator.gather, "ALL").result(BOUND)
 
 
 def log_of(make: Make, function: Callable[..., Any], **args: Any) -> str:

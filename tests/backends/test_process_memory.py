@@ -9,42 +9,17 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process_fixtures import Make, gather
 
 from evalkit import Evaluator, JobCause, JobState, RetryPolicy, RunningJob
 from evalkit.backends.process.memory import OutOfMemory, parse_bytes, show_bytes
 from evalkit.testing import functions
-from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
-
-Make = Callable[..., Evaluator]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[Evaluator] = []
-
-    def make(run_function: Callable[..., Any], **kwargs: Any) -> Evaluator:
-        made.append(Evaluator.create(run_function, "process", {"grace": 0.2, **kwargs}))
-        return made[-1]
-
-    yield make
-    for evaluator in made:
-        in_background(evaluator.close).result(BOUND)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Files]:
-    files = Files(tmp_path)
-    yield files
-    files.release_all()
-
-
-def gather(evaluator: Evaluator) -> Any:
-    return in_background(evaluator.gather, "ALL").result(BOUND)
+from evalkit.testing.backend_fixtures import BOUND, eventually
 
 
 def _balloon(job: RunningJob) -> int:

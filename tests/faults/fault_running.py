@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from fault_jobs import CHILDREN
 from fault_table import RED, Cells
 
 from evalkit.plugins import plugins
+from evalkit.testing.processes import Mark
 
 __all__ = ["observe"]
 
@@ -60,12 +60,15 @@ class Programs:
         self.backend = backend
         self.run = run
         self.folder = folder
-        self.mark = uuid.uuid4().hex
-        self.environment = os.environ | {
-            "EVALKIT_FAULTS": str(folder),
-            "EVALKIT_FAULT_MARK": self.mark,
-            "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_HERE)]),
-        }
+        self.mark = Mark()
+        self.environment = (
+            os.environ
+            | self.mark.environment
+            | {
+                "EVALKIT_FAULTS": str(folder),
+                "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_HERE)]),
+            }
+        )
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """As the leader of a process group; what it prints goes into the file ``printed``."""
@@ -80,21 +83,11 @@ class Programs:
                 start_new_session=True,
             )
 
-    def marked(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("EVALKIT_FAULT_MARK") == self.mark:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
     def left(self, patience: float) -> list[psutil.Process]:
         """What is still there when the time is up, but for the children that the engine need not end."""
         deadline = time.monotonic() + patience
         while True:
-            left = self.marked()
+            left = self.mark.processes()
             if not any(self.unexpected(process) for process in left) or time.monotonic() > deadline:
                 return left
             time.sleep(0.05)
@@ -294,7 +287,7 @@ def master(programs: Programs, process: subprocess.Popen[bytes]) -> psutil.Proce
     """The process that drives: the one that was started, or rank 0 under mpiexec."""
     if not programs.backend.mpi:
         return process
-    (root,) = [one for one in programs.marked() if one.environ().get("PMI_RANK") == "0"]
+    (root,) = [one for one in programs.mark.processes() if one.environ().get("PMI_RANK") == "0"]
     return root
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import signal
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mpi_launching import Program, marked
+from mpi_launching import Program
+
+from evalkit.testing.processes import Mark
 
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Program]:
-    mark = uuid.uuid4().hex
+    mark = Mark()
     yield Program(tmp_path, mark)
     deadline = time.monotonic() + 10.0
-    while left := marked(mark):
+    while left := mark.processes():
         if time.monotonic() > deadline:
             for process in left:
                 process.send_signal(signal.SIGKILL)

@@ -10,8 +10,9 @@ import textwrap
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+
+from evalkit.testing.processes import Mark
 
 BOUND = 60.0  # seconds; what "does not hang" means, where many share the cores
 
@@ -27,12 +28,12 @@ class Program:
         bound: seconds that it may take.
     """
 
-    def __init__(self, folder: Path, mark: str) -> None:
+    def __init__(self, folder: Path, mark: Mark) -> None:
         self.folder = folder
         self.bound = BOUND
         # The command evalkit of this interpreter first.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self.env = os.environ | {"PATH": path, "EVALKIT_TEST_MARK": mark}
+        self.env = os.environ | mark.environment | {"PATH": path}
         self.env.pop("PYTHONUNBUFFERED", None)  # lines stay whole
 
     def start(self, ranks: int, *command: str) -> subprocess.Popen[str]:
@@ -75,14 +76,3 @@ class Program:
             if time.monotonic() > deadline:
                 pytest.fail(f"the file {name} does not come about")
             time.sleep(0.02)
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("EVALKIT_TEST_MARK") == mark:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
