@@ -475,6 +475,9 @@ class ExecutorBackend(Backend):
             if self._calls.pop(call.number, None) is None:
                 return
             events = self._read(call, outcome)
+            if not self._stopping:
+                reason = "what its worker said of its end was lost on the way"
+                events += [Lost(task.id, reason) for task in call.tasks.values()]
         if events:
             self._emit(events)
         self._forget(call)

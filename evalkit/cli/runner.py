@@ -274,9 +274,9 @@ class Runner:
         reason = f"the deadline {deadline}"
 
         def start_nothing() -> None:
-            self._say(f"{reason} is near: nothing more is started, and what runs has {deadline.until_stop:.0f} s left")
             feed.stop()
             evaluator.stop(f"{reason} was near", running=False)
+            self._say(f"{reason} is near: nothing more is started, and what runs has {deadline.until_stop:.0f} s left")
 
         clock.call_later(deadline.until_last_start, start_nothing)
         clock.call_later(deadline.until_stop, evaluator.stop, f"{reason} has come")

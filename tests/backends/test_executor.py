@@ -19,6 +19,9 @@ import pytest
 from evalkit import ErrorInfo, Evaluator, Job, JobCause, JobState
 from evalkit.backends import Capabilities, ExecutorBackend, Fault, Reach
 from evalkit.backends.batching import ChunkSizer
+from evalkit.backends.chunk_wire import Kind, unpack_message
+from evalkit.backends.loopback import LoopbackChannel
+from evalkit.backends.side_channel import Receive, SideChannel
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, gathering, in_background
 
@@ -114,6 +117,39 @@ def test_a_backend_without_a_side_channel_sends_each_alone_and_says_all_with_the
         assert backend.counting.calls == 20
     assert {job.cause for job in jobs} == {JobCause.EXCEPTION}
     assert all(job.records == [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 0.5}] for job in jobs)
+
+
+class Leaky(LoopbackChannel):
+    """Loses the first message that tells of an end."""
+
+    lost = False
+
+    def start(self, receive: Receive) -> None:
+        def receive_most(data: bytes) -> None:
+            ends = any(saying[0] == Kind.DONE for saying in unpack_message(data).sayings)
+            if ends and not self.lost:
+                self.lost = True
+            else:
+                receive(data)
+
+        super().start(receive_most)
+
+
+def test_jobs_whose_ends_were_lost_on_the_way_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lossy(Processes):
+        def make_channel(self) -> SideChannel:
+            self.leaky = Leaky()
+            return self.leaky
+
+    monkeypatch.setattr("evalkit.backends.executor._LATE", 0.2)
+    backend = Lossy(2, hold=0.001)
+    with Evaluator(note, backend) as evaluator:
+        deadline = time.monotonic() + BOUND
+        while not backend.leaky.lost:
+            assert time.monotonic() < deadline, "nothing was told over the channel"
+            jobs = evaluator.submit([{"x": x} for x in range(2000)])
+            in_background(evaluator.gather, "ALL").result(BOUND)
+            assert [job.output for job in jobs] == list(range(2000))
 
 
 def test_jobs_that_carry_much_do_not_share_calls() -> None:

@@ -26,6 +26,7 @@ GRID = ("--grid", "x=0,1,2,3,4,5,6,7,8,9")
 def test_interrupted_and_resumed_by_the_line_it_prints(shell, backend, number, code):
     process = shell.start("run", "work.py:polite", *GRID, "-b", backend, "-w", "1", "--output", "o.csv")
     shell.wait_for((shell.folder / "reached").exists)
+    shell.wait_for((shell.folder / "o.csv").exists)
     # What ends as the signal comes may be cancelled before its end is heard.
     shell.wait_for(lambda: len((shell.folder / "o.csv").read_text().splitlines()) == 6)
     process.send_signal(number)
