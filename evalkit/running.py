@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Protocol
 
-__all__ = ["SCALARS", "Channel", "RunningJob", "call_with_kwargs", "is_coroutine_function", "is_plain", "own_copy"]
+__all__ = ["SCALARS", "Channel", "RunningJob", "are_plain", "call_with_kwargs", "is_coroutine_function", "own_copy"]
 
 #: The types of plain values, which nobody can change and every way of travelling takes as they are.
 SCALARS = frozenset({bool, float, int, str, type(None)})
@@ -129,9 +130,9 @@ def is_coroutine_function(fn: Any) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
-def is_plain(parameters: dict[str, Any]) -> bool:
-    """Whether parameters are nothing but numbers, strings, booleans and None."""
-    return SCALARS.issuperset(map(type, parameters.values()))
+def are_plain(parameters: Iterable[dict[str, Any]]) -> bool:
+    """Whether the parameters of all these jobs are nothing but numbers, strings, booleans and None."""
+    return SCALARS.issuperset(map(type, chain.from_iterable(map(dict.values, parameters))))
 
 
 def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
 
     Other objects, arrays and instances of subclasses among them, are shared; copying those is not ours to do.
     """
-    if is_plain(parameters):
+    if SCALARS.issuperset(map(type, parameters.values())):
         return parameters.copy()
     memo: dict[int, Any] = {}
     try:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from evalkit.backends.base import Backend, Task
@@ -48,6 +49,7 @@ from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobLog, JobStat
 __all__ = ["Scheduler"]
 
 _log = logging.getLogger("evalkit")
+_id = attrgetter("id")
 
 
 class Scheduler:
@@ -123,7 +125,7 @@ class Scheduler:
         with self._lock:
             if self._closed_because is not None:
                 raise SearchStoppedError(self._closed_because)
-            self._out.update([(job.id, job) for job in jobs])
+            self._out.update(zip(map(_id, jobs), jobs, strict=True))
             self._pending.extend(jobs)
             self._last_number = jobs[-1].number
             if self._notifier.active:
@@ -321,7 +323,7 @@ class Scheduler:
             while pending and len(batch) < room:
                 first = [pending.popleft() for _ in range(min(room - len(batch), len(pending)))]
                 batch += [job for job in first if job.state is JobState.QUEUED]  # else it was cancelled
-            in_backend.update([(job.id, job) for job in batch])
+            in_backend.update(zip(map(_id, batch), batch, strict=True))
             return batch if resources is None else [resources.lease(job) for job in batch]
 
     # -- what the backend tells -----------------------------------------------------------------------------------

@@ -227,13 +227,16 @@ class Table:
             heappush(self._requeued, number)
 
     def _log(self, numbers: Sequence[int]) -> None:
-        last_change, change = self._last_change, self._change
-        self._log_changes.extend(range(change + 1, change + 1 + len(numbers)))
+        last_change = self._last_change
+        changes = range(self._change + 1, self._change + 1 + len(numbers))
+        self._log_changes.extend(changes)
         self._log_numbers.extend(numbers)
-        for number in numbers:
-            change += 1
-            last_change[number] = change
-        self._change = change
+        if isinstance(numbers, range):
+            last_change[numbers.start : numbers.stop] = array("q", changes)
+        else:
+            for number, change in zip(numbers, changes, strict=True):
+                last_change[number] = change
+        self._change += len(numbers)
         if len(self._log_numbers) > 3 * len(self._ids) + 1024:
             # At least twice as many lines were written as there are jobs since the last time: constant cost a write.
             lines = [

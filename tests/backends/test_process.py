@@ -19,6 +19,7 @@ from process_fixtures import Make, alive, gather
 
 from evalkit import Evaluator, JobCause, JobState, RunningJob
 from evalkit.backends.process.link import WorkerLink
+from evalkit.backends.process.outbox import Outbox
 from evalkit.backends.process.worker import _Worker
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
@@ -579,7 +580,7 @@ class _Task:
 def test_a_task_that_needs_no_token_spends_none() -> None:
     """Between two looks of the worker, the pool takes back what waited, and gives a batch with a first one granted."""
     link = WorkerLink(0)
-    worker = _Worker(link.their_sock, link._token_read)
+    worker = _Worker(link.their_sock, link._token_read, Outbox(os.dup(link.fds_for_worker[2])))
 
     def begin() -> str | None:
         task = worker._next()

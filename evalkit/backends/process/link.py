@@ -8,16 +8,16 @@ import pickle
 import socket
 import time
 from collections import deque
-from typing import Any
 
 from evalkit.backends.base import Task
 from evalkit.backends.events import WorkerIdentity
 from evalkit.backends.process.capture import create, excerpt
-from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
+from evalkit.backends.process.outbox import OutboxReader
+from evalkit.backends.process.wire import RESULTS, Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer
 from evalkit.errors import SerializationError
 from evalkit.joblog import JobLog
-from evalkit.running import is_plain
+from evalkit.running import are_plain
 
 __all__ = ["WorkerLink"]
 
@@ -44,6 +44,7 @@ class WorkerLink:
         resources: what the jobs that it runs have to themselves, from its first such job to its end.
         born: when it was started, on the monotonic clock.
         listens_for_room: whether the crew waits for room in its socket.
+        looked: whether what it holds back was looked for since it last said something.
     """
 
     def __init__(self, number: int, *, capture: bool = False) -> None:
@@ -57,6 +58,7 @@ class WorkerLink:
         self.resources: dict[str, str] | None = None
         self.inflight_bytes = 0
         self.listens_for_room = False
+        self.looked = False
         self.born = time.monotonic()
         self._sizes: dict[str, int] = {}  # of the large ones
         self._generation = 0
@@ -66,13 +68,16 @@ class WorkerLink:
         os.set_blocking(self._token_read, False)
         os.set_blocking(self._token_write, False)
         self._reader = FrameReader(self.sock)
+        self._outbox = OutboxReader()
+        self._results = 0  # that were received
+        self._ahead = 0  # of these, that have yet to come through the socket
         self._out: deque[memoryview] = deque()
         self._log_fd = create() if capture else None
         self._log_end = 0  # of the last job that has ended
 
     @property
     def fds_for_worker(self) -> list[int]:
-        fds = [self.their_sock.fileno(), self._token_read]
+        fds = [self.their_sock.fileno(), self._token_read, self._outbox.fd]
         return fds if self._log_fd is None else [*fds, self._log_fd]
 
     @property
@@ -110,7 +115,7 @@ class WorkerLink:
         accepted = len(self.inflight) - held
         self.given += accepted
         if accepted and held == 0:
-            self.running_since = time.monotonic()
+            self.move_on(0)
         # Nothing is before the first task of an idle worker, so it starts at once; it needs no token.
         tokens = accepted if held else accepted - 1
         if tokens > 0:
@@ -123,13 +128,9 @@ class WorkerLink:
 
         Anything else gets a pickle of its own: what two jobs share here, they must not share there.
         """
-        entries: list[tuple[str, int, dict[str, Any]]] = []
-        for task in tasks:
-            args = task.args
-            if not is_plain(args):
-                return False
-            entries.append((task.id, task.attempt, args))
-        data = pickle.dumps(entries, 5)
+        if not are_plain([task.args for task in tasks]):
+            return False
+        data = pickle.dumps([(task.id, task.attempt, task.args) for task in tasks], 5)
         if len(data) > _BATCH_BYTES:
             return False
         self._queue(frame(Kind.TASKS, data, (), not self.inflight))
@@ -212,17 +213,38 @@ class WorkerLink:
 
     def read(self) -> list[Frame]:
         """What has arrived; raises ``EOFError`` and ``BlockingIOError`` as :meth:`FrameReader.read`."""
-        return self._reader.read()
+        frames = self._reader.read()
+        return self._without_known(frames) if self._ahead else frames
+
+    def _without_known(self, frames: list[Frame]) -> list[Frame]:
+        new = []
+        for one in frames:
+            if self._ahead and one[0] in RESULTS:
+                self._ahead -= 1
+            else:
+                new.append(one)
+        return new
+
+    def read_outbox(self) -> list[Frame]:
+        """The results that it has not sent yet. To be called when all that it has sent was read."""
+        before, frames = self._outbox.read()
+        if before > self._results:
+            return []  # those before them are on their way, and so are they
+        new = frames[self._results - before :]
+        self._ahead += len(new)
+        return new
 
     def finish_first(self) -> str:
-        """Its first task has ended; return its id. Call :meth:`move_on` after the last of a round."""
+        """Its first task has ended; return its id. Call :meth:`move_on` after a round of these."""
         job_id = self.inflight.popleft().id
         if self._sizes:
             self.inflight_bytes -= self._sizes.pop(job_id, 0)
         return job_id
 
-    def move_on(self) -> None:
-        """The task that is the first now, if any, has just started."""
+    def move_on(self, ended: int) -> None:
+        """So many tasks have ended; the one that is the first now, if any, has just started."""
+        self._results += ended
+        self.looked = False
         self.running_since = time.monotonic() if self.inflight else None
 
     # -- what its jobs print --------------------------------------------------------------------------------------
@@ -244,11 +266,13 @@ class WorkerLink:
     def close_theirs(self) -> None:
         """The worker has its own copy of its end by now."""
         self.their_sock.close()
+        self._outbox.close_theirs()
 
     def close(self) -> None:
         self.sock.close()
         self.their_sock.close()
         os.close(self._token_read)
         os.close(self._token_write)
+        self._outbox.close()
         if self._log_fd is not None:
             os.close(self._log_fd)

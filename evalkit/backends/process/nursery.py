@@ -94,7 +94,7 @@ class _Nursery:
                 self._bury()
             if self._sock.fileno() in readable:
                 try:
-                    data, fds, _, _ = socket.recv_fds(self._sock, MESSAGE.size, 3, _CLOSE_ON_EXEC)
+                    data, fds, _, _ = socket.recv_fds(self._sock, MESSAGE.size, 4, _CLOSE_ON_EXEC)
                 except ConnectionResetError:
                     return
                 if not data:
@@ -134,14 +134,14 @@ class _Nursery:
     # -- starts ---------------------------------------------------------------------------------------------------
 
     def _spawn(self, number: int, fds: list[int]) -> None:
-        cell = mmap.mmap(-1, mmap.PAGESIZE) if len(fds) > 2 else None
+        cell = mmap.mmap(-1, mmap.PAGESIZE) if len(fds) > 3 else None
         pid = os.fork()
         if pid == 0:
             self._become_worker(fds, cell)
-        for fd in fds[:2]:
+        for fd in fds[:3]:
             os.close(fd)
         if cell is not None:
-            self._trimmer.add(pid, fds[2], cell)
+            self._trimmer.add(pid, fds[3], cell)
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
         self._workers[pid] = number
@@ -163,9 +163,11 @@ class _Nursery:
                 os.close(fd)
             self._sock.close()
             self._trimmer.close()
+            from evalkit.backends.process.outbox import Outbox
             from evalkit.backends.process.worker import main as work
 
-            code = work(socket.socket(fileno=fds[0]), fds[1], None if cell is None else Capture(fds[2], cell))
+            capture = None if cell is None else Capture(fds[3], cell)
+            code = work(socket.socket(fileno=fds[0]), fds[1], Outbox(fds[2]), capture)
         except BaseException:  # noqa: BLE001 - nobody above would show it
             traceback.print_exc()
         finally:

@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
@@ -61,9 +62,10 @@ _log = logging.getLogger("evalkit")
 _AHEAD = 0.010  # seconds of work that a worker may hold ahead
 _MAX_DEPTH = 2048  # tasks: enough for the 5 ms that the interpreter may keep the I/O thread waiting
 _MAX_AHEAD_BYTES = 16 * 2**20
-_STEAL_AFTER = 0.002  # seconds; what waits longer behind a running job goes to an idle worker
+_QUIET = 0.002  # seconds; what waits longer behind a running job goes to an idle worker
 _MAX_START_FAILURES = 3  # in a row
 _DONE, _FAILED = int(Kind.DONE), int(Kind.FAILED)
+_id = attrgetter("id")
 
 
 class ProcessBackend(Backend):
@@ -145,7 +147,7 @@ class ProcessBackend(Backend):
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
         with self._lock:
-            self._backlog.update([(task.id, task) for task in tasks])
+            self._backlog.update(zip(map(_id, tasks), tasks, strict=True))
             self._fill()
             wake = any(link.wants_write or len(link.inflight) > 1 for link in self._crew.links.values())
         if wake:  # there is something to write, or, some time, to steal
@@ -296,13 +298,26 @@ class ProcessBackend(Backend):
     def _someone_is_idle(self) -> bool:
         return not self._backlog and any(not link.inflight and link.ready for link in self._crew.links.values())
 
-    def _steal(self) -> None:
-        """Take what waits behind a job that turns out to be long, for who is idle."""
+    def _look_after_quiet(self) -> None:
+        """Get the results that a long job holds up, and for who is idle what waits behind it."""
         now = time.monotonic()
         for link in self._crew.links.values():
-            since = link.running_since
-            if len(link.inflight) > 1 and since is not None and now - since >= _STEAL_AFTER:
+            if len(link.inflight) < 2 or link.running_since is None or now - link.running_since < _QUIET:
+                continue
+            if not link.looked:
+                link.looked = True
+                self._hear_out(link)
+            if link.looked and self._someone_is_idle():
                 self._return_to_backlog(link.take_back())
+
+    def _hear_out(self, link: WorkerLink) -> None:
+        """Receive all that a worker has to say, sent or not."""
+        with contextlib.suppress(EOFError, BlockingIOError, ConnectionResetError):
+            while True:
+                self._receive(link, link.read())
+        results = link.read_outbox()
+        if results:
+            self._receive(link, results)
 
     # -- the I/O thread -------------------------------------------------------------------------------------------
 
@@ -328,8 +343,7 @@ class ProcessBackend(Backend):
                 self._read(link)
             if nursery:
                 self._hear_nursery()
-            if self._someone_is_idle():
-                self._steal()
+            self._look_after_quiet()
             self._fill()
             self._crew.keep_up()
             if self._stopping and not self._crew.links:
@@ -339,11 +353,11 @@ class ProcessBackend(Backend):
         """Seconds until something has to be done though nothing happens; None if nothing has."""
         with self._lock:
             deadline = self._crew.next_deadline()
-            if self._someone_is_idle():
-                for link in self._crew.links.values():
-                    if len(link.inflight) > 1 and link.running_since is not None:
-                        due = link.running_since + _STEAL_AFTER
-                        deadline = due if deadline is None else min(deadline, due)
+            idle = self._someone_is_idle()
+            for link in self._crew.links.values():
+                if len(link.inflight) > 1 and link.running_since is not None and (idle or not link.looked):
+                    due = link.running_since + _QUIET
+                    deadline = due if deadline is None else min(deadline, due)
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     def _read(self, link: WorkerLink) -> None:
@@ -406,7 +420,7 @@ class ProcessBackend(Backend):
                 self._note_start_failure(pickle.loads(payload))
         if durations:
             self._adapt(durations)
-            link.move_on()
+            link.move_on(len(durations))
             if link.inflight:
                 events.append(Started(link.inflight[0].id, time.time(), worker))
         if events:
@@ -429,9 +443,7 @@ class ProcessBackend(Backend):
         """A worker has ended: what it was on has failed (or is lost, without an ``end``), and what it held goes
         elsewhere.
         """
-        with contextlib.suppress(EOFError, BlockingIOError, ConnectionResetError):
-            while True:
-                self._receive(link, link.read())
+        self._hear_out(link)
         self._return_to_backlog(link.take_back())
         events: list[Event] = []
         for index, task in enumerate(link.inflight):

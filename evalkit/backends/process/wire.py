@@ -14,7 +14,7 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
-__all__ = ["Frame", "FrameReader", "Kind", "frame"]
+__all__ = ["RESULTS", "Frame", "FrameReader", "Kind", "frame", "small_frame", "small_frames"]
 
 _HEADER = struct.Struct("<BBxxIQ")
 _LENGTH = struct.Struct("<Q")
@@ -42,6 +42,9 @@ class Kind(IntEnum):
     LOG = 12  # (where it ended in the file, JobLog): what the job printed; before its result
 
 
+#: The kinds by which a job ends.
+RESULTS = frozenset({int(Kind.DONE), int(Kind.FAILED)})
+
 #: (kind, granted, payload, buffers); a plain tuple, since there is one for each result
 Frame = tuple[int, int, bytes | bytearray, tuple[memoryview, ...]]
 
@@ -50,9 +53,26 @@ def frame(kind: int, payload: bytes, buffers: Sequence[memoryview] = (), granted
     """The parts of a frame, in the order in which they go on the wire."""
     if not buffers and len(payload) < _CHUNK:
         # One small copy is cheaper than one more buffer in the system call.
-        return [_HEADER.pack(kind, granted, 0, len(payload)) + payload]
+        return [small_frame(kind, payload, granted)]
     head = _HEADER.pack(kind, granted, len(buffers), len(payload))
     return [head + b"".join(_LENGTH.pack(buffer.nbytes) for buffer in buffers), payload, *buffers]
+
+
+def small_frame(kind: int, payload: bytes, granted: int = 0) -> bytes:
+    """A frame in one piece, without buffers."""
+    return _HEADER.pack(kind, granted, 0, len(payload)) + payload
+
+
+def small_frames(data: bytes) -> list[Frame]:
+    """The frames in some bytes, which are whole and have no buffers."""
+    frames: list[Frame] = []
+    start = 0
+    while start < len(data):
+        kind, granted, _, length = _HEADER.unpack_from(data, start)
+        body = start + _HEADER.size
+        start = body + length
+        frames.append((kind, granted, data[body:start], ()))
+    return frames
 
 
 class FrameReader:

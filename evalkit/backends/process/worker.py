@@ -23,7 +23,8 @@ from typing import Any
 from evalkit.backends.base import RunFunction
 from evalkit.backends.execution import PeakMemory, describe, environment
 from evalkit.backends.process.capture import Capture, flush_all
-from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame
+from evalkit.backends.process.outbox import Outbox
+from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame, small_frame
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
 from evalkit.running import SCALARS, RunningJob, is_coroutine_function
@@ -31,6 +32,9 @@ from evalkit.running import SCALARS, RunningJob, is_coroutine_function
 __all__ = ["main"]
 
 _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
+_HOLD = 0.001  # seconds since the last send in which a result waits for others; the pool looks after twice that
+_TOGETHER = 16  # results in one send, at most
+_SMALL = 4096  # bytes of a result that may wait
 
 
 class _Channel:
@@ -93,9 +97,11 @@ class _Channel:
 
 
 class _Worker:
-    def __init__(self, sock: socket.socket, tokens: int, capture: Capture | None = None) -> None:
+    def __init__(self, sock: socket.socket, tokens: int, outbox: Outbox, capture: Capture | None = None) -> None:
         self._sock = sock
         self._tokens = tokens
+        self._outbox = outbox
+        self._sent = 0.0  # when a result was sent last
         self._capture = capture
         self._reader = FrameReader(sock)
         self._tasks: deque[tuple[bool, str, int, Any]] = deque()
@@ -123,12 +129,38 @@ class _Worker:
         if self._is_fork:
             return
         with self._sending:
+            self._flush()
             for part in frame(kind, payload, buffers):
                 self._sock.sendall(part)
 
-    def _receive(self, flags: int = 0) -> None:
+    def _flush(self) -> None:
+        """With the lock: send what waits."""
+        if self._outbox.held:
+            self._sock.sendall(self._outbox.contents())
+            self._outbox.clear()
+
+    def _send_result(self, kind: int, payload: bytes, buffers: list[memoryview], now: float) -> None:
+        """Send a result, now or, if there is more to come at once, with others."""
+        if self._tasks and 0.0 <= now - self._sent < _HOLD and not buffers and len(payload) < _SMALL:
+            if self._is_fork:
+                return
+            with self._sending:
+                if self._outbox.put(small_frame(kind, payload)):
+                    if self._outbox.held < _TOGETHER:
+                        return
+                    self._flush()
+                    self._sent = now
+                    return
+        self.send(kind, payload, buffers)
+        self._outbox.pass_by()
+        self._sent = now
+
+    def _receive(self) -> None:
+        """Wait for what the pool has to say."""
+        with self._sending:
+            self._flush()
         with self._receiving:
-            self._take(self._reader.read(flags))
+            self._take(self._reader.read())
 
     def _take(self, frames: list[Frame]) -> None:
         for kind, granted, payload, buffers in frames:
@@ -265,7 +297,7 @@ class _Worker:
         if kind == Kind.FAILED:
             data = pickle.dumps((value, measured), 5)
         self._collect_output()
-        self.send(kind, data, buffers)
+        self._send_result(kind, data, buffers, end)
 
     def _call(self, job: RunningJob) -> Any:
         if not self._is_async:
@@ -300,7 +332,7 @@ def _rebuilt(args: Any) -> dict[str, Any]:
     return parameters
 
 
-def main(sock: socket.socket, tokens: int, capture: Capture | None = None) -> int:
+def main(sock: socket.socket, tokens: int, outbox: Outbox, capture: Capture | None = None) -> int:
     """Work until the pool says QUIT or is gone; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return _Worker(sock, tokens, capture).serve()
+    return _Worker(sock, tokens, outbox, capture).serve()
