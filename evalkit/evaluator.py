@@ -29,7 +29,7 @@ from evalkit.engine.arguments import (
 )
 from evalkit.engine.budget import Budget
 from evalkit.engine.clock import Clock
-from evalkit.engine.drawing import CHUNK, Drawer
+from evalkit.engine.drawing import Drawer, chunks_of
 from evalkit.engine.interrupts import InterruptHeld
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
@@ -229,12 +229,10 @@ class Evaluator:
             return Drawer(self._check_room, self._admit, clock).draw(args_list)
         copies = [parameters_of(args, index) for index, args in enumerate(args_list)]
         with self._submitting:
-            if len(copies) <= CHUNK:
-                return self._admit(copies)
             self._check_room(len(copies))
-            jobs = []
-            for start in range(0, len(copies), CHUNK):
-                jobs += self._admit(copies[start : start + CHUNK])
+            jobs: list[Job] = []
+            for chunk in chunks_of(copies):
+                jobs += self._admit(chunk)
             return jobs
 
     def _check_room(self, n: int) -> None:
