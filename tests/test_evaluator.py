@@ -9,6 +9,8 @@ import gc
 import json
 import logging
 import math
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -1003,3 +1005,26 @@ def test_a_stop_may_let_what_runs_go_on_and_then_not(files: Files) -> None:
         evaluator.stop("now")
         assert evaluator.gather("ALL") == [job]
         assert (job.state, evaluator.stop_reason) == (JobState.CANCELLED, "near")
+
+
+LARGE_PARENT = """
+import subprocess, sys
+ballast = bytearray(300 * 2**20)
+subprocess.run([sys.executable, *sys.argv[1:]], check=True)
+"""
+
+PEAK = """
+import time
+from evalkit import Evaluator
+
+with Evaluator.create(lambda job: time.sleep(0.01), "serial") as evaluator:
+    evaluator.submit([{}])
+    print(evaluator.gather("ALL")[0].metadata["peak_rss"])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_the_memory_of_a_job_is_not_that_of_who_started_the_program() -> None:
+    command = [sys.executable, "-c", LARGE_PARENT, "-c", PEAK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert 2**20 < int(done.stdout) < 250 * 2**20
