@@ -99,7 +99,8 @@ def _isolating(name: str, needs: Sequence[str] = (), **settings: Any) -> Backend
 _UNWATCHED = {"memory": "DONE"}
 
 BACKENDS = [
-    _isolating("process", options={"job_memory": MEMORY}),
+    # A result that the worker can no longer send is read out of its memory.
+    _isolating("process", options={"job_memory": MEMORY}, causes={"descriptors": "DONE"}),
     _isolating("loky", ["loky", "evalkit_loky"], causes=_UNWATCHED),
     _isolating("ray", ["ray", "evalkit_ray"], causes=_UNWATCHED),
     Backend(

@@ -140,13 +140,15 @@ class _Worker:
             self._outbox.clear()
 
     def _send_result(self, kind: int, payload: bytes, buffers: list[memoryview], now: float) -> None:
-        """Send a result, now or, if there is more to come at once, with others."""
-        if self._tasks and 0.0 <= now - self._sent < _HOLD and not buffers and len(payload) < _SMALL:
-            if self._is_fork:
-                return
+        """Send a result, now or, if there is more to come at once, with others. It counts from the moment on in which
+        it is in the outbox, even if it cannot be sent.
+        """
+        if self._is_fork:
+            return
+        if not buffers and len(payload) < _SMALL:
             with self._sending:
                 if self._outbox.put(small_frame(kind, payload)):
-                    if self._outbox.held < _TOGETHER:
+                    if self._tasks and 0.0 <= now - self._sent < _HOLD and self._outbox.held < _TOGETHER:
                         return
                     self._flush()
                     self._sent = now
