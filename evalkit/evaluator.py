@@ -226,39 +226,41 @@ class Evaluator:
         self._budget.check_open()
         if type(args_list) is not list and not isinstance(entries_of(args_list), Sequence):
             clock = None if self._backend.runs_in_caller else self._slow_timers
-            return Drawer(self._check_room, self._admit, clock).draw(args_list)
+            return Drawer(self._check_room, self._submit_all, clock).draw(args_list)
         copies = [parameters_of(args, index) for index, args in enumerate(args_list)]
-        with self._submitting:
-            self._check_room(len(copies))
-            jobs: list[Job] = []
-            for chunk in chunks_of(copies):
-                jobs += self._admit(chunk)
-            return jobs
+        return self._submit_all(copies)
 
     def _check_room(self, n: int) -> None:
         self._budget.check_room(n, self._submitted)
 
-    def _admit(self, copies: list[dict[str, Any]]) -> list[Job]:
-        """Create the jobs of these parameters, which are theirs, and start what can start."""
+    def _submit_all(self, copies: list[dict[str, Any]]) -> list[Job]:
+        """Submit jobs with these parameters, which are theirs: all of them or none, unless the storage fails."""
         with self._submitting:
             self._check_room(len(copies))
-            if not copies:
-                return []
-            ids = self._storage.create_jobs(self._search_id, copies, owner=self._owner)
-            now, numbers, scheduler = self._scheduler.clock(), self._numbers, self._scheduler
-            jobs = [
-                Job(job_id, args, number=next(numbers), created=now, owner=scheduler)
-                for job_id, args in zip(ids, copies, strict=True)
-            ]
-            self._submitted += len(jobs)
+            self._submitted += len(copies)  # callbacks may submit while this goes on
+            jobs: list[Job] = []
             try:
-                scheduler.admit(jobs)
-            except SearchStoppedError as exc:
-                self._submitted -= len(jobs)
-                self._withdraw(jobs, str(exc))
-                self._check_room(0)
-                raise
+                for chunk in chunks_of(copies):
+                    jobs += self._admit(chunk, begun=bool(jobs))
+            finally:
+                self._submitted -= len(copies) - len(jobs)
             return jobs
+
+    def _admit(self, copies: list[dict[str, Any]], *, begun: bool) -> list[Job]:
+        """Create the jobs of these parameters and start what can start."""
+        ids = self._storage.create_jobs(self._search_id, copies, owner=self._owner)
+        now, numbers, scheduler = self._scheduler.clock(), self._numbers, self._scheduler
+        jobs = [
+            Job(job_id, args, number=next(numbers), created=now, owner=scheduler)
+            for job_id, args in zip(ids, copies, strict=True)
+        ]
+        try:
+            scheduler.admit(jobs, begun=begun)
+        except SearchStoppedError as exc:
+            self._withdraw(jobs, str(exc))
+            self._check_room(0)
+            raise
+        return jobs
 
     def _withdraw(self, jobs: list[Job], reason: str) -> None:
         """The search ended while these were created: nobody will ever run them, and their records have to say so."""

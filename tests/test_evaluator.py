@@ -1028,3 +1028,25 @@ def test_the_memory_of_a_job_is_not_that_of_who_started_the_program() -> None:
     command = [sys.executable, "-c", LARGE_PARENT, "-c", PEAK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert 2**20 < int(done.stdout) < 250 * 2**20
+
+
+@pytest.mark.parametrize("ends", ["the maximum", "a stop"])
+def test_a_list_is_submitted_as_a_whole_whatever_happens_meanwhile(ends: str) -> None:
+    class Meddler(Callback):
+        refused = False
+
+        def on_launch(self, job: Job) -> None:
+            if ends == "a stop":
+                self.evaluator.stop("enough")
+            elif not self.refused:
+                with pytest.raises(MaximumJobsSpawnReached):
+                    self.evaluator.submit([{"x": -1}])
+                self.refused = True
+
+    with Evaluator.create(lambda job: job["x"], "serial", {"callbacks": [Meddler()]}) as evaluator:
+        evaluator.set_maximum_num_jobs_submitted(1000)
+        jobs = evaluator.submit([{"x": x} for x in range(1000)])
+        assert (len(jobs), evaluator.num_jobs_submitted) == (1000, 1000)
+        assert evaluator.gather("ALL") == jobs
+        states = {job.state for job in jobs}
+        assert states == ({JobState.CANCELLED} if ends == "a stop" else {JobState.DONE})

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from evalkit.backends.base import Task
 from evalkit.backends.events import Done, Event, Failed, Progress, Recorded, Started, WorkerIdentity
-from evalkit.backends.execution import failed
+from evalkit.backends.execution import failed, recorded
 from evalkit.backends.serialization import Packer, loads
 from evalkit.job import JobCause
 from evalkit.running import own_copy
@@ -148,9 +149,4 @@ def read_saying(job_id: str, saying: Saying, worker: WorkerIdentity) -> Event:
     if kind == Kind.PROGRESS:
         return Progress(job_id, saying[2], saying[3])
     values = saying[2]
-    if type(values) is Packed:
-        try:
-            values = loads(values)
-        except BaseException as exc:  # noqa: BLE001 - as above; a record more or less does not fail the job
-            values = {"evalkit_error": f"these values could not be rebuilt: {type(exc).__name__}: {exc}"}
-    return Recorded(job_id, values)
+    return recorded(job_id, partial(loads, values)) if type(values) is Packed else Recorded(job_id, values)

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "environment",
     "failed",
     "identity",
+    "recorded",
     "run",
     "visible",
 ]
@@ -68,6 +69,14 @@ def _user_part(tb: TracebackType | None) -> TracebackType | None:
 def failed(job_id: str, exc: BaseException, measured: Measured | None, worker: WorkerIdentity | None) -> Failed:
     """The event of a run that raised."""
     return Failed(job_id, JobCause.EXCEPTION, describe(exc), measured, worker)
+
+
+def recorded(job_id: str, rebuild: Callable[[], dict[str, Any]]) -> Recorded:
+    """The event of values that a job recorded, as they came from its worker."""
+    try:
+        return Recorded(job_id, rebuild())
+    except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything; a record does not fail the job
+        return Recorded(job_id, {"evalkit_error": f"these values could not be rebuilt: {type(exc).__name__}: {exc}"})
 
 
 def run(function: RunFunction, job: RunningJob, worker: WorkerIdentity) -> Done | Failed:

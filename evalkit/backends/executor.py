@@ -101,6 +101,7 @@ class ExecutorBackend(Backend):
         self._suspects: deque[Task] = deque()  # to run with nothing else in the executor
         self._trial = False  # a suspect runs
         self._fallen: list[tuple[Call, Fault]] = []  # were in an executor when it broke
+        self._untold = 0  # rounds of events that have to be told before anything else is sent
         self._calls: dict[int, Call] = {}  # by the number of their first run
         self._busy = 0  # calls that hold a worker
         self._next_number = 0
@@ -292,7 +293,7 @@ class ExecutorBackend(Backend):
 
     def _take_next(self) -> list[Task]:
         """With the lock: the jobs that go out in the next call, if one may go out."""
-        if self._stopping or self._fallen or self._trial or self._busy >= self.num_workers:
+        if self._stopping or self._fallen or self._untold or self._trial or self._busy >= self.num_workers:
             return []
         if self._suspects:
             if self._busy:
@@ -451,8 +452,7 @@ class ExecutorBackend(Backend):
             call.outcome = outcome
             complete = call.received >= outcome.messages
             events = self._settle_fallen()
-        if events:
-            self._emit(events)
+        self._tell(events)
         self._send()
         if complete:
             self._conclude(call, outcome)
@@ -509,10 +509,17 @@ class ExecutorBackend(Backend):
                 tasks = list(call.tasks.values())
                 call.tasks.clear()
             events = [Failed(task.id, JobCause.LOST, describe(exc)) for task in tasks]
-        if events:
-            self._emit(events)
+        self._tell(events)
         self._forget(call)
         self._send()
+
+    def _tell(self, events: list[Event]) -> None:
+        """Emit what became of calls that failed."""
+        if events:
+            self._emit(events)
+            if any(isinstance(event, Rerun) for event in events):
+                with self._lock:
+                    self._untold -= 1
 
     def _judge(self, call: Call, fault: Fault) -> list[Event]:
         """What becomes of the jobs of a call that failed."""
@@ -553,6 +560,7 @@ class ExecutorBackend(Backend):
                 error = ErrorInfo("Killed", "it was ended by force")
                 events.append(Failed(call.tasks.pop(index).id, JobCause.LOST, error))
         tasks = [task for call in calls for task in call.tasks.values()]
+        told = len(events)
         if killed:
             self._waiting.extendleft(reversed(_again(calls, events)))
         elif fault.cause is JobCause.LOST:
@@ -563,6 +571,8 @@ class ExecutorBackend(Backend):
             events.append(Failed(tasks[0].id, fault.cause, fault.error))
         else:
             suspects.extend(_again(calls, events))
+        # Whoever starts them again must not be quicker than the news that the last run does not count.
+        self._untold += any(isinstance(event, Rerun) for event in events[told:])
         return events
 
 

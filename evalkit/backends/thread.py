@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
@@ -45,6 +46,7 @@ class ThreadBackend(Backend):
         # Likewise: whoever pops a run tells of its end, the thread or the one who abandons it.
         self._runs: dict[str, _Run] = {}
         self._threads: set[threading.Thread] = set()  # that were not abandoned
+        self._abandoned: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._left = threading.Condition(self._lock)  # a thread has left
         self._started = 0
@@ -93,6 +95,7 @@ class ThreadBackend(Backend):
                 asked.request_stop()
 
     def _abandon(self, job_id: str, thread: threading.Thread) -> None:
+        self._abandoned.add(thread)
         self._leave(thread)
         with self._lock:
             if not self._stopping:
@@ -120,7 +123,7 @@ class ThreadBackend(Backend):
             for _ in self._threads:
                 self._queue.put(None)
             self._left.wait_for(lambda: not self._threads & threads, grace)
-            gone = threads - self._threads
+            gone = threads - self._threads - set(self._abandoned)
         for thread in gone:
             thread.join(0.1)  # its last lines
         self._runs.clear()

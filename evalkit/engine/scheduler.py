@@ -116,20 +116,27 @@ class Scheduler:
         """Seconds since :attr:`epoch`."""
         return time.time() - self.epoch
 
-    def admit(self, jobs: Sequence[Job]) -> None:
+    def admit(self, jobs: Sequence[Job], *, begun: bool = False) -> None:
         """Take these jobs in and start what can start.
+
+        Args:
+            begun: they belong to others that were taken in: if the intake is closed, they are taken in and cancelled.
 
         Raises:
             SearchStoppedError: the intake is closed; none of them was taken in.
         """
         with self._lock:
-            if self._closed_because is not None:
-                raise SearchStoppedError(self._closed_because)
+            closed = self._closed_because
+            if closed is not None and not begun:
+                raise SearchStoppedError(closed)
             self._out.update(zip(map(_id, jobs), jobs, strict=True))
             self._pending.extend(jobs)
             self._last_number = jobs[-1].number
             if self._notifier.active:
                 self._notifier.post("on_launch", jobs)
+        if closed is not None:
+            for job in jobs:
+                self._cancel(job, closed)
         if self._notifier.inline:
             self._notifier.drain()
         self.pump()

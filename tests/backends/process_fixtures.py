@@ -9,7 +9,7 @@ from evalkit import Evaluator
 from evalkit.testing.backend_fixtures import BOUND, in_background
 from evalkit.testing.processes import runs
 
-__all__ = ["Make", "alive", "gather"]
+__all__ = ["FakeTask", "Make", "alive", "gather"]
 
 #: The fixture ``make``: an evaluator on process, which is closed when the test ends.
 Make = Callable[..., Evaluator]
@@ -23,3 +23,12 @@ def gather(evaluator: Evaluator, kind: Any = "ALL", size: int = 1) -> Any:
 def alive(pids: Iterable[int]) -> list[int]:
     """Those of these processes that have not ended."""
     return [pid for pid in pids if runs(pid)]
+
+
+class FakeTask:
+    """What a link sends of a task."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.args: dict[str, Any] = {}
+        self.attempt = 0

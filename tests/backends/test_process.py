@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from process_fixtures import Make, alive, gather
+from process_fixtures import FakeTask, Make, alive, gather
 
 from evalkit import Evaluator, JobCause, JobState, RunningJob
 from evalkit.backends.process.link import WorkerLink
@@ -570,13 +570,6 @@ def test_an_idle_evaluator_takes_no_processor_time(make: Make) -> None:
 # -- the tokens that decide who runs a task ---------------------------------------------------------------------------
 
 
-class _Task:
-    def __init__(self, id: str) -> None:
-        self.id = id
-        self.args: dict[str, Any] = {}
-        self.attempt = 0
-
-
 def test_a_task_that_needs_no_token_spends_none() -> None:
     """Between two looks of the worker, the pool takes back what waited, and gives a batch with a first one granted."""
     link = WorkerLink(0)
@@ -587,12 +580,12 @@ def test_a_task_that_needs_no_token_spends_none() -> None:
         return None if task is None else task[0]
 
     try:
-        link.give([_Task("a"), _Task("b")])
+        link.give([FakeTask("a"), FakeTask("b")])
         worker._receive()
         assert begin() == "a"
         link.finish_first()
         assert [task.id for task in link.take_back()] == ["b"]
-        link.give([_Task("c"), _Task("d")])
+        link.give([FakeTask("c"), FakeTask("d")])
         begun = [begin()]
         if begun == [None]:
             worker._receive()

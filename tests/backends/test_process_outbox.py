@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import os
 import pickle
+import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from process_fixtures import Make, gather
+from process_fixtures import FakeTask, Make, gather
 
 from evalkit import JobCause, JobState, RunningJob
+from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.outbox import Outbox, OutboxReader
 from evalkit.backends.process.wire import Kind, small_frame
-from evalkit.testing.backend_fixtures import Files
+from evalkit.backends.process.worker import _Worker
+from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
 
 
 def _tiny_or_not(job: RunningJob) -> int:
@@ -77,6 +83,148 @@ def test_a_long_job_does_not_hold_up_the_results_before_it(make: Make, files: Fi
         assert gather(evaluator) == [long]
 
 
+class _Slow:
+    """Takes its time to be pickled."""
+
+    def __reduce__(self) -> Any:
+        time.sleep(0.02)
+        return int, (7,)
+
+
+def _packed_slowly(job: RunningJob) -> Any:
+    return _Slow() if job["x"] == "slow" else _tiny_or_long(job)
+
+
+def test_a_result_that_takes_long_to_pack_is_not_held_up_either(make: Make, files: Files) -> None:
+    evaluator = make(_packed_slowly, num_workers=1)
+    evaluator.submit([{"x": x} for x in range(2000)])
+    gather(evaluator)
+    jobs = evaluator.submit([{"x": 0}] * 5 + [{"x": "slow"}, files.holder("a", x=-1, how="waits"), {"x": 0}])
+    eventually(lambda: jobs[5].is_complete, "the result before that of the job that waits")
+    assert jobs[5].output == 7
+    files.release("a")
+    assert gather(evaluator) == jobs
+
+
+def _talks(job: RunningJob) -> int:
+    n = 0
+    if job["x"] == "talks":
+        while not job.stopped():
+            job.record(n=n)
+            n += 1
+    return n
+
+
+def test_a_job_that_never_stops_talking_can_be_cancelled(make: Make) -> None:
+    evaluator = make(_talks, num_workers=1)
+    evaluator.submit([{"x": x} for x in range(2000)])
+    gather(evaluator)
+    (talker, *others) = evaluator.submit([{"x": "talks"}, {"x": 0}, {"x": 0}])
+    eventually(lambda: len(talker.records) > 1000, "what it says")
+    in_background(talker.cancel).result(BOUND)
+    gather(evaluator)
+    assert talker.state is JobState.CANCELLED
+    assert all(job.is_success for job in others)
+
+
+class _Evil:
+    def __setstate__(self, state: Any) -> None:
+        raise RuntimeError("not here")
+
+
+def _records_evil(job: RunningJob) -> int:
+    if job["x"] == "evil":
+        evil = _Evil()
+        evil.x = 1  # type: ignore[attr-defined]
+        job.record(evil=evil)
+    return 1
+
+
+def test_a_record_that_cannot_be_rebuilt_costs_nothing_else(make: Make) -> None:
+    evaluator = make(_records_evil, num_workers=1)
+    evaluator.submit([{"x": x} for x in range(2000)])
+    gather(evaluator)
+    jobs = evaluator.submit([{"x": "evil" if x % 8 == 7 else x} for x in range(80)])
+    assert gather(evaluator) == jobs
+    assert {job.state for job in jobs} == {JobState.DONE}
+    assert "not here" in jobs[7].records[0]["evalkit_error"]
+    assert not any(job.records for job in jobs if job.args["x"] != "evil")
+
+
+def _prints_or_not(job: RunningJob) -> None:
+    if job["x"] == "prints":
+        print("by the next")
+        time.sleep(0.02)
+
+
+def test_the_log_of_a_job_has_nothing_of_the_next(make: Make) -> None:
+    evaluator = make(_prints_or_not, num_workers=1)
+    for _ in range(20):
+        evaluator.submit([{"x": x} for x in range(600)])
+        gather(evaluator)
+        jobs = evaluator.submit([{"x": x} for x in range(6)] + [{"x": "prints"}, {"x": 0}])
+        while not jobs[5].is_complete:
+            assert [job.log for job in jobs[:6]] == [""] * 6
+        gather(evaluator)
+        assert [job.log for job in jobs] == [""] * 6 + ["by the next\n", ""]
+
+
+class _TooLong(Exception):
+    pass
+
+
+def _too_long(*_: object) -> None:
+    raise _TooLong
+
+
+def _limits_itself(job: RunningJob) -> int:
+    """As many functions do: an alarm that raises, wherever the function is just then."""
+    if job["us"]:
+        signal.signal(signal.SIGALRM, _too_long)
+        with contextlib.suppress(_TooLong):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, job["us"] * 1e-6)
+                job.record(a=1)
+                time.sleep(0.001)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    return job["x"]
+
+
+def test_an_exception_from_a_signal_handler_mixes_nothing_up(make: Make) -> None:
+    evaluator = make(_limits_itself, num_workers=1)
+    rng = random.Random(0)
+    for _ in range(60):
+        jobs = evaluator.submit([{"x": x, "us": rng.uniform(5, 60) if x % 6 == 5 else 0} for x in range(120)])
+        assert gather(evaluator) == jobs
+        assert [job.output for job in jobs] == list(range(120))
+
+
+def test_a_token_from_before_two_drops_that_come_at_once() -> None:
+    link = WorkerLink(0)
+    worker = _Worker(link.their_sock, link.fds_for_worker[1], Outbox(os.dup(link.fds_for_worker[2])))
+
+    def begin() -> str | None:
+        task = worker._next()
+        return None if task is None else task[0]
+
+    read, write = os.pipe()
+    try:
+        link.give([FakeTask("a"), FakeTask("b")])
+        worker._receive()
+        assert begin() == "a"
+        assert [task.id for task in link.take_back()] == ["b"]
+        link.give([FakeTask("c"), FakeTask("d")])
+        os.write(write, os.read(link.fds_for_worker[1], 1))  # the worker takes a token, and is slow to go on
+        assert [task.id for task in link.take_back()] == ["d"]
+        worker._tokens = read
+        assert in_background(begin).result(BOUND) == "c"
+    finally:
+        os.close(read)
+        os.close(write)
+        link.close()
+
+
 @pytest.fixture
 def ends() -> Iterator[tuple[Outbox, OutboxReader]]:
     reader = OutboxReader()
@@ -92,26 +240,23 @@ def test_what_is_in_an_outbox(ends: tuple[Outbox, OutboxReader]) -> None:
     def result(value: int) -> bytes:
         return small_frame(Kind.DONE, pickle.dumps(value, 5))
 
-    def seen() -> tuple[int, list[int]]:
-        before, frames = reader.read()
-        return before, [pickle.loads(payload) for _, _, payload, _ in frames]
+    def seen() -> list[int]:
+        return [pickle.loads(payload) for _, _, payload, _ in reader.read()]
 
-    assert seen() == (0, [])
-    outbox.pass_by()
+    assert seen() == []
     outbox.put(result(1))
     outbox.put(result(2))
-    assert (seen(), outbox.held) == ((1, [1, 2]), 2)
+    assert (seen(), outbox.held) == ([1, 2], 2)
     assert outbox.contents() == result(1) + result(2)
     outbox.clear()
-    assert (seen(), outbox.held) == ((3, []), 0)
+    assert (seen(), outbox.held) == ([], 0)
     outbox.put(result(3))
-    assert seen() == (3, [3])
+    assert seen() == [3]
 
 
 def test_an_outbox_that_is_full_takes_nothing_more(ends: tuple[Outbox, OutboxReader]) -> None:
     outbox, reader = ends
     while outbox.put(small_frame(Kind.DONE, bytes(4000))):
         pass
-    before, frames = reader.read()
-    assert (before, len(frames)) == (0, outbox.held)
+    assert len(reader.read()) == outbox.held
     assert 15 <= outbox.held <= 17

@@ -13,7 +13,7 @@ from evalkit.backends.base import Task
 from evalkit.backends.events import WorkerIdentity
 from evalkit.backends.process.capture import create, excerpt
 from evalkit.backends.process.outbox import OutboxReader
-from evalkit.backends.process.wire import RESULTS, Frame, FrameReader, Kind, frame
+from evalkit.backends.process.wire import NUMBERS, Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer
 from evalkit.errors import SerializationError
 from evalkit.joblog import JobLog
@@ -44,7 +44,7 @@ class WorkerLink:
         resources: what the jobs that it runs have to themselves, from its first such job to its end.
         born: when it was started, on the monotonic clock.
         listens_for_room: whether the crew waits for room in its socket.
-        looked: whether what it holds back was looked for since it last said something.
+        looked_at: when what it holds back was looked for, if it has said nothing of the end of a job since.
     """
 
     def __init__(self, number: int, *, capture: bool = False) -> None:
@@ -58,7 +58,7 @@ class WorkerLink:
         self.resources: dict[str, str] | None = None
         self.inflight_bytes = 0
         self.listens_for_room = False
-        self.looked = False
+        self.looked_at: float | None = None
         self.born = time.monotonic()
         self._sizes: dict[str, int] = {}  # of the large ones
         self._generation = 0
@@ -69,8 +69,7 @@ class WorkerLink:
         os.set_blocking(self._token_write, False)
         self._reader = FrameReader(self.sock)
         self._outbox = OutboxReader()
-        self._results = 0  # that were received
-        self._ahead = 0  # of these, that have yet to come through the socket
+        self._next = 0  # the number of its next message
         self._out: deque[memoryview] = deque()
         self._log_fd = create() if capture else None
         self._log_end = 0  # of the last job that has ended
@@ -115,7 +114,7 @@ class WorkerLink:
         accepted = len(self.inflight) - held
         self.given += accepted
         if accepted and held == 0:
-            self.move_on(0)
+            self.move_on()
         # Nothing is before the first task of an idle worker, so it starts at once; it needs no token.
         tokens = accepted if held else accepted - 1
         if tokens > 0:
@@ -213,38 +212,47 @@ class WorkerLink:
 
     def read(self) -> list[Frame]:
         """What has arrived; raises ``EOFError`` and ``BlockingIOError`` as :meth:`FrameReader.read`."""
-        frames = self._reader.read()
-        return self._without_known(frames) if self._ahead else frames
+        return self._unheard(self._reader.read())
 
-    def _without_known(self, frames: list[Frame]) -> list[Frame]:
+    def read_outbox(self, *, last: bool) -> list[Frame]:
+        """The results that it has not sent yet; none if something is on its way that comes before them.
+
+        Args:
+            last: whether nothing more comes through the socket.
+        """
+        frames = self._outbox.read()
+        heard = sum(not self._is_new(one) for one in frames)  # they are in order, and each is there once
+        if not last and frames[heard:] and frames[heard][1] != self._next:
+            return []
+        return self._unheard(frames)
+
+    def _unheard(self, frames: list[Frame]) -> list[Frame]:
+        """Without those that were read in the outbox, or sent twice."""
+        if not frames:
+            return frames
+        if frames[0][1] == self._next and (frames[-1][1] - self._next) % NUMBERS == len(frames) - 1:
+            self._next = (self._next + len(frames)) % NUMBERS
+            return frames
         new = []
         for one in frames:
-            if self._ahead and one[0] in RESULTS:
-                self._ahead -= 1
-            else:
+            if self._is_new(one):
                 new.append(one)
+                self._next = (one[1] + 1) % NUMBERS
         return new
 
-    def read_outbox(self) -> list[Frame]:
-        """The results that it has not sent yet. To be called when all that it has sent was read."""
-        before, frames = self._outbox.read()
-        if before > self._results:
-            return []  # those before them are on their way, and so are they
-        new = frames[self._results - before :]
-        self._ahead += len(new)
-        return new
+    def _is_new(self, one: Frame) -> bool:
+        return (one[1] - self._next) % NUMBERS < NUMBERS // 2
 
     def finish_first(self) -> str:
-        """Its first task has ended; return its id. Call :meth:`move_on` after a round of these."""
+        """Its first task has ended; return its id. Call :meth:`move_on` after the last of a round."""
         job_id = self.inflight.popleft().id
         if self._sizes:
             self.inflight_bytes -= self._sizes.pop(job_id, 0)
         return job_id
 
-    def move_on(self, ended: int) -> None:
-        """So many tasks have ended; the one that is the first now, if any, has just started."""
-        self._results += ended
-        self.looked = False
+    def move_on(self) -> None:
+        """The task that is the first now, if any, has just started."""
+        self.looked_at = None
         self.running_since = time.monotonic() if self.inflight else None
 
     # -- what its jobs print --------------------------------------------------------------------------------------

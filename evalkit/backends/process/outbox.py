@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import mmap
 import os
-import struct
+import tempfile
 
 from evalkit.backends.process.wire import Frame, small_frames
 
 __all__ = ["Outbox", "OutboxReader"]
 
-#: One number, so that it changes at once: | results before the first in it 44 | bytes in it 20 |
-_STATE = struct.Struct("@Q")
-_RESULT = 1 << 20
 _SIZE = 2**16
+_START = 8  # before it is where the contents end; eight bytes, which a memoryview writes at once
 
 
 class Outbox:
@@ -35,8 +33,8 @@ class Outbox:
     def __init__(self, fd: int) -> None:
         self._memory = mmap.mmap(fd, _SIZE)
         os.close(fd)
-        self._state = 0
-        self._end = _STATE.size
+        self._ends = memoryview(self._memory).cast("Q")
+        self._end = _START
         self.held = 0
 
     def put(self, frame: bytes) -> bool:
@@ -45,25 +43,17 @@ class Outbox:
         if end > _SIZE:
             return False
         self._memory[start:end] = frame
-        self._end = end
-        self._state += len(frame)
-        _STATE.pack_into(self._memory, 0, self._state)  # only now is it there
+        self._end = self._ends[0] = end  # only now is it there
         self.held += 1
         return True
 
-    def pass_by(self) -> None:
-        """A result goes its way without having been in here. Only while there is none in it."""
-        self._state += _RESULT
-
     def contents(self) -> bytes:
         """All of it, as it goes through the socket."""
-        return self._memory[_STATE.size : self._end]
+        return self._memory[_START : self._end]
 
     def clear(self) -> None:
         """It was sent."""
-        self._state = (self._state // _RESULT + self.held) * _RESULT
-        _STATE.pack_into(self._memory, 0, self._state)
-        self._end = _STATE.size
+        self._end = self._ends[0] = _START
         self.held = 0
 
 
@@ -75,24 +65,34 @@ class OutboxReader:
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("evalkit-outbox", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, _SIZE)
+        self.fd = _open_memory()
         self._memory = mmap.mmap(self.fd, _SIZE)
+        self._ends = memoryview(self._memory).cast("Q")
+        self._ends[0] = _START
 
-    def read(self) -> tuple[int, list[Frame]]:
-        """How many results were before the first that is in it, and those that are in it.
-
-        If the worker empties it meanwhile, they are on their way: it is then as if there were none.
-        """
-        (state,) = _STATE.unpack_from(self._memory)
-        data = self._memory[_STATE.size : _STATE.size + state % _RESULT]
-        (after,) = _STATE.unpack_from(self._memory)
-        before = state // _RESULT
-        return before, small_frames(data) if after // _RESULT == before else []
+    def read(self) -> list[Frame]:
+        """What is in it; none if the worker empties it meanwhile, since it is on its way then."""
+        end = self._ends[0]
+        data = self._memory[_START:end]
+        first = data[:_START]  # with the number of the message
+        if self._ends[0] < end or self._memory[_START : _START + len(first)] != first:
+            return []
+        return small_frames(data)
 
     def close_theirs(self) -> None:
         """The worker has its own copy of the descriptor by now."""
         os.close(self.fd)
 
     def close(self) -> None:
+        self._ends.release()
         self._memory.close()
+
+
+def _open_memory() -> int:
+    try:
+        fd = os.memfd_create("evalkit-outbox", os.MFD_CLOEXEC)
+    except (AttributeError, OSError):
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, _SIZE)
+    return fd

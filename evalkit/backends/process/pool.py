@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -39,11 +40,10 @@ from evalkit.backends.events import (
     Lost,
     Printed,
     Progress,
-    Recorded,
     Started,
     WorkerIdentity,
 )
-from evalkit.backends.execution import check_worker_init, describe, failed
+from evalkit.backends.execution import check_worker_init, describe, failed, recorded
 from evalkit.backends.process.capture import can_capture
 from evalkit.backends.process.crew import Crew, describe_death
 from evalkit.backends.process.link import WorkerLink
@@ -174,7 +174,7 @@ class ProcessBackend(Backend):
                 if link.inflight and link.inflight[0].id == job_id:
                     log = link.read_log()
                     # If the worker has gone on to its next job, it has said so before.
-                    self._read(link)
+                    self._look(link)
                     self._fill()
                     self._crew.wake()
                     return log if link.inflight and link.inflight[0].id == job_id else None
@@ -202,7 +202,8 @@ class ProcessBackend(Backend):
         self._finished.set()
         self._crew.wake()
         self._thread.join(10.0)
-        self._crew.close()
+        with self._lock:  # somebody may be cancelling
+            self._crew.close()
 
     # -- giving out (with the lock held) --------------------------------------------------------------------------
 
@@ -302,20 +303,25 @@ class ProcessBackend(Backend):
         """Get the results that a long job holds up, and for who is idle what waits behind it."""
         now = time.monotonic()
         for link in self._crew.links.values():
-            if len(link.inflight) < 2 or link.running_since is None or now - link.running_since < _QUIET:
-                continue
-            if not link.looked:
-                link.looked = True
-                self._hear_out(link)
-            if link.looked and self._someone_is_idle():
-                self._return_to_backlog(link.take_back())
+            due = self._look_due(link)
+            if due is not None and due <= now:
+                link.looked_at = now
+                self._look(link)
+                if link.looked_at is not None and self._someone_is_idle():
+                    self._return_to_backlog(link.take_back())
 
-    def _hear_out(self, link: WorkerLink) -> None:
-        """Receive all that a worker has to say, sent or not."""
-        with contextlib.suppress(EOFError, BlockingIOError, ConnectionResetError):
-            while True:
-                self._receive(link, link.read())
-        results = link.read_outbox()
+    def _look_due(self, link: WorkerLink) -> float | None:
+        """When, on the monotonic clock, to look after a worker of which nothing is heard."""
+        if len(link.inflight) < 2 or link.running_since is None:
+            return None
+        if link.looked_at is None:
+            return link.running_since + _QUIET
+        return link.looked_at + _QUIET if self._someone_is_idle() else None
+
+    def _look(self, link: WorkerLink) -> None:
+        """Take what a worker has said, and what it holds back. No more, since it may never stop talking."""
+        self._read(link)
+        results = link.read_outbox(last=False)
         if results:
             self._receive(link, results)
 
@@ -353,10 +359,9 @@ class ProcessBackend(Backend):
         """Seconds until something has to be done though nothing happens; None if nothing has."""
         with self._lock:
             deadline = self._crew.next_deadline()
-            idle = self._someone_is_idle()
             for link in self._crew.links.values():
-                if len(link.inflight) > 1 and link.running_since is not None and (idle or not link.looked):
-                    due = link.running_since + _QUIET
+                due = self._look_due(link)
+                if due is not None:
                     deadline = due if deadline is None else min(deadline, due)
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
@@ -390,6 +395,18 @@ class ProcessBackend(Backend):
         """Tell what these frames say of the worker and its jobs."""
         events: list[Event] = []
         durations: list[float] = []
+        try:
+            self._read_frames(link, frames, events, durations)
+        finally:  # of what comes before a frame that cannot be read, all counts
+            if durations:
+                self._adapt(durations)
+                link.move_on()
+                if link.inflight:
+                    events.append(Started(link.inflight[0].id, time.time(), link.identity))
+            if events:
+                self._emit(events)
+
+    def _read_frames(self, link: WorkerLink, frames: list[Frame], events: list[Event], durations: list[float]) -> None:
         worker = link.identity
         for kind, _, payload, buffers in frames:
             if kind in (_DONE, _FAILED):
@@ -409,7 +426,7 @@ class ProcessBackend(Backend):
             elif kind == Kind.PROGRESS and link.inflight:
                 events.append(Progress(link.inflight[0].id, *pickle.loads(payload)))
             elif kind == Kind.RECORD and link.inflight:
-                events.append(Recorded(link.inflight[0].id, loads(payload, buffers)))
+                events.append(recorded(link.inflight[0].id, partial(loads, payload, buffers)))
             elif kind == Kind.LOG and link.inflight:
                 events.append(Printed(link.inflight[0].id, link.take_log(payload)))
             elif kind == Kind.READY:
@@ -418,13 +435,6 @@ class ProcessBackend(Backend):
             elif kind == Kind.UNFIT:
                 link.retiring = True  # it ends by itself
                 self._note_start_failure(pickle.loads(payload))
-        if durations:
-            self._adapt(durations)
-            link.move_on(len(durations))
-            if link.inflight:
-                events.append(Started(link.inflight[0].id, time.time(), worker))
-        if events:
-            self._emit(events)
 
     # -- the ends of workers --------------------------------------------------------------------------------------
 
@@ -443,7 +453,10 @@ class ProcessBackend(Backend):
         """A worker has ended: what it was on has failed (or is lost, without an ``end``), and what it held goes
         elsewhere.
         """
-        self._hear_out(link)
+        with contextlib.suppress(EOFError, BlockingIOError, ConnectionResetError):
+            while True:
+                self._receive(link, link.read())
+        self._receive(link, link.read_outbox(last=True))
         self._return_to_backlog(link.take_back())
         events: list[Event] = []
         for index, task in enumerate(link.inflight):

@@ -2,7 +2,7 @@
 
 ::
 
-    | kind 1 | granted 1 | pad 2 | buffers n 4 | payload length 8 | n x (length 8) | payload | buffer … |
+    | kind 1 | pad 1 | tag 2 | buffers n 4 | payload length 8 | n x (length 8) | payload | buffer … |
 
 A payload is a pickle; the buffers are the large arrays that it refers to, sent from and received into their own memory.
 """
@@ -14,9 +14,9 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
-__all__ = ["RESULTS", "Frame", "FrameReader", "Kind", "frame", "small_frame", "small_frames"]
+__all__ = ["NUMBERS", "Frame", "FrameReader", "Kind", "frame", "small_frame", "small_frames"]
 
-_HEADER = struct.Struct("<BBxxIQ")
+_HEADER = struct.Struct("<BxHIQ")
 _LENGTH = struct.Struct("<Q")
 _CHUNK = 256 * 1024
 
@@ -42,25 +42,26 @@ class Kind(IntEnum):
     LOG = 12  # (where it ended in the file, JobLog): what the job printed; before its result
 
 
-#: The kinds by which a job ends.
-RESULTS = frozenset({int(Kind.DONE), int(Kind.FAILED)})
+#: What comes from a worker is numbered, modulo this.
+NUMBERS = 2**16
 
-#: (kind, granted, payload, buffers); a plain tuple, since there is one for each result
+#: (kind, tag, payload, buffers); a plain tuple, since there is one for each result. The tag says to a worker whether
+#: the first task needs no token; that from a worker is the number of the message.
 Frame = tuple[int, int, bytes | bytearray, tuple[memoryview, ...]]
 
 
-def frame(kind: int, payload: bytes, buffers: Sequence[memoryview] = (), granted: int = 0) -> list[bytes | memoryview]:
+def frame(kind: int, payload: bytes, buffers: Sequence[memoryview] = (), tag: int = 0) -> list[bytes | memoryview]:
     """The parts of a frame, in the order in which they go on the wire."""
     if not buffers and len(payload) < _CHUNK:
         # One small copy is cheaper than one more buffer in the system call.
-        return [small_frame(kind, payload, granted)]
-    head = _HEADER.pack(kind, granted, len(buffers), len(payload))
+        return [small_frame(kind, payload, tag)]
+    head = _HEADER.pack(kind, tag, len(buffers), len(payload))
     return [head + b"".join(_LENGTH.pack(buffer.nbytes) for buffer in buffers), payload, *buffers]
 
 
-def small_frame(kind: int, payload: bytes, granted: int = 0) -> bytes:
+def small_frame(kind: int, payload: bytes, tag: int = 0) -> bytes:
     """A frame in one piece, without buffers."""
-    return _HEADER.pack(kind, granted, 0, len(payload)) + payload
+    return _HEADER.pack(kind, tag, 0, len(payload)) + payload
 
 
 def small_frames(data: bytes) -> list[Frame]:
@@ -68,10 +69,10 @@ def small_frames(data: bytes) -> list[Frame]:
     frames: list[Frame] = []
     start = 0
     while start < len(data):
-        kind, granted, _, length = _HEADER.unpack_from(data, start)
+        kind, tag, _, length = _HEADER.unpack_from(data, start)
         body = start + _HEADER.size
         start = body + length
-        frames.append((kind, granted, data[body:start], ()))
+        frames.append((kind, tag, data[body:start], ()))
     return frames
 
 
@@ -117,11 +118,11 @@ class FrameReader:
         buffer, view, start, end = self._buffer, self._view, self._start, self._end
         header_size, unpack = _HEADER.size, _HEADER.unpack_from
         while end - start >= header_size:
-            kind, granted, count, length = unpack(view, start)
+            kind, tag, count, length = unpack(view, start)
             body = start + header_size
             if count == 0 and length <= end - body:
                 start = body + length
-                frames.append((kind, granted, buffer[body:start], ()))
+                frames.append((kind, tag, buffer[body:start], ()))
                 continue
             lengths_end = body + count * _LENGTH.size
             if count == 0 and length <= _CHUNK - header_size:
@@ -129,7 +130,7 @@ class FrameReader:
             if lengths_end > end:
                 break  # the lengths of its buffers are not here yet; a frame has few of them
             lengths = [length, *(_LENGTH.unpack_from(view, at)[0] for at in range(body, lengths_end, _LENGTH.size))]
-            self._large = _LargeFrame(kind, granted, lengths)
+            self._large = _LargeFrame(kind, tag, lengths)
             taken = self._large.take(view[lengths_end:end])
             start = lengths_end + taken
             if not self._large.complete:
@@ -152,8 +153,8 @@ class FrameReader:
 class _LargeFrame:
     """A frame that is received into memory of its own."""
 
-    def __init__(self, kind: int, granted: int, lengths: list[int]) -> None:
-        self._kind, self._granted = kind, granted
+    def __init__(self, kind: int, tag: int, lengths: list[int]) -> None:
+        self._kind, self._tag = kind, tag
         self._parts = [bytearray(length) for length in lengths]
         self._views = [memoryview(part) for part in self._parts]
         self._missing = [view for view in self._views if view.nbytes]
@@ -188,4 +189,4 @@ class _LargeFrame:
             self._missing.pop(0)
 
     def frame(self) -> Frame:
-        return self._kind, self._granted, self._parts[0], tuple(self._views[1:])
+        return self._kind, self._tag, self._parts[0], tuple(self._views[1:])

@@ -24,7 +24,7 @@ from evalkit.backends.base import RunFunction
 from evalkit.backends.execution import PeakMemory, describe, environment
 from evalkit.backends.process.capture import Capture, flush_all
 from evalkit.backends.process.outbox import Outbox
-from evalkit.backends.process.wire import Frame, FrameReader, Kind, frame, small_frame
+from evalkit.backends.process.wire import NUMBERS, Frame, FrameReader, Kind, frame, small_frame
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
 from evalkit.running import SCALARS, RunningJob, is_coroutine_function
@@ -102,6 +102,7 @@ class _Worker:
         self._tokens = tokens
         self._outbox = outbox
         self._sent = 0.0  # when a result was sent last
+        self._number = -1  # of the last message
         self._capture = capture
         self._reader = FrameReader(sock)
         self._tasks: deque[tuple[bool, str, int, Any]] = deque()
@@ -129,9 +130,17 @@ class _Worker:
         if self._is_fork:
             return
         with self._sending:
+            number = self._next_number()
             self._flush()
-            for part in frame(kind, payload, buffers):
+            for part in frame(kind, payload, buffers, number):
                 self._sock.sendall(part)
+
+    def _next_number(self) -> int:
+        """With the lock. An exception may come at any moment, from a signal handler of the user's: so numbers may be
+        left out, and messages come twice, but no two have the same number.
+        """
+        self._number = number = (self._number + 1) % NUMBERS
+        return number
 
     def _flush(self) -> None:
         """With the lock: send what waits."""
@@ -139,7 +148,7 @@ class _Worker:
             self._sock.sendall(self._outbox.contents())
             self._outbox.clear()
 
-    def _send_result(self, kind: int, payload: bytes, buffers: list[memoryview], now: float) -> None:
+    def _send_result(self, kind: int, payload: bytes, buffers: list[memoryview]) -> None:
         """Send a result, now or, if there is more to come at once, with others. It counts from the moment on in which
         it is in the outbox, even if it cannot be sent.
         """
@@ -147,15 +156,15 @@ class _Worker:
             return
         if not buffers and len(payload) < _SMALL:
             with self._sending:
-                if self._outbox.put(small_frame(kind, payload)):
-                    if self._tasks and 0.0 <= now - self._sent < _HOLD and self._outbox.held < _TOGETHER:
-                        return
-                    self._flush()
-                    self._sent = now
+                if self._outbox.put(small_frame(kind, payload, self._next_number())):
+                    # The time after that, since the pool is to find it when it looks.
+                    now = time.time()
+                    if not self._tasks or not 0.0 <= now - self._sent < _HOLD or self._outbox.held >= _TOGETHER:
+                        self._flush()
+                        self._sent = now
                     return
         self.send(kind, payload, buffers)
-        self._outbox.pass_by()
-        self._sent = now
+        self._sent = time.time()
 
     def _receive(self) -> None:
         """Wait for what the pool has to say."""
@@ -235,7 +244,8 @@ class _Worker:
         if not token:
             raise EOFError
         # Tokens and tasks go different ways: what this one is for, and a DROP before it, may not have arrived.
-        while token[0] != self._generation or not self._tasks:
+        # Several DROPs may have arrived at once: then it is older than the last of them, and the task was not dropped.
+        while 0 < (token[0] - self._generation) % 256 < 128 or not self._tasks:
             self._receive()
         if self._tasks[0][0]:
             self._spare += 1  # the first is another one by now, and needs none
@@ -299,7 +309,7 @@ class _Worker:
         if kind == Kind.FAILED:
             data = pickle.dumps((value, measured), 5)
         self._collect_output()
-        self._send_result(kind, data, buffers, end)
+        self._send_result(kind, data, buffers)
 
     def _call(self, job: RunningJob) -> Any:
         if not self._is_async:
