@@ -20,7 +20,7 @@ from process_fixtures import FakeTask, Make, gather
 from evalkit import JobCause, JobState, RunningJob
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.outbox import Outbox, OutboxReader
-from evalkit.backends.process.wire import Kind, small_frame
+from evalkit.backends.process.wire import NUMBERS, Kind, small_frame
 from evalkit.backends.process.worker import _Worker
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
 
@@ -198,6 +198,25 @@ def test_an_exception_from_a_signal_handler_mixes_nothing_up(make: Make) -> None
         jobs = evaluator.submit([{"x": x, "us": rng.uniform(5, 60) if x % 6 == 5 else 0} for x in range(120)])
         assert gather(evaluator) == jobs
         assert [job.output for job in jobs] == list(range(120))
+
+
+def test_messages_that_come_twice_or_not_at_all() -> None:
+    link = WorkerLink(0)
+
+    def heard(*numbers: int) -> list[int]:
+        link.their_sock.sendall(b"".join(small_frame(Kind.DONE, b"", number % NUMBERS) for number in numbers))
+        return [number for _, number, _, _ in link.read()]
+
+    try:
+        assert heard(0, 1, 2) == [0, 1, 2]
+        assert heard(1, 2, 3) == [3]
+        assert heard(4, 4, 6) == [4, 6]
+        assert heard(7, 6, 9, 8) == [7, 9]
+        for first in range(10, NUMBERS + 1000, 1000):
+            assert heard(*range(first, first + 1000)) == [number % NUMBERS for number in range(first, first + 1000)]
+            assert heard(first + 998, first + 999) == []
+    finally:
+        link.close()
 
 
 def test_a_token_from_before_two_drops_that_come_at_once() -> None:

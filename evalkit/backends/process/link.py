@@ -228,10 +228,9 @@ class WorkerLink:
 
     def _unheard(self, frames: list[Frame]) -> list[Frame]:
         """Without those that were read in the outbox, or sent twice."""
-        if not frames:
-            return frames
-        if frames[0][1] == self._next and (frames[-1][1] - self._next) % NUMBERS == len(frames) - 1:
-            self._next = (self._next + len(frames)) % NUMBERS
+        end = self._next + len(frames)
+        if end < NUMBERS and [one[1] for one in frames] == list(range(self._next, end)):
+            self._next = end
             return frames
         new = []
         for one in frames:
