@@ -44,6 +44,10 @@ def endless():
     while True:
         time.sleep(0.01)
 
+def wait_until_both_run():
+    while backend != "serial" and pathlib.Path("pids").read_text().count("\\n") < 3:
+        time.sleep(0.01)
+
 class Slow(Callback):
     def on_done(self, job):
         if place == "callback" and job.args["x"] == 1:
@@ -58,10 +62,11 @@ with Evaluator.create(run, backend, options) as evaluator:
         evaluator.submit(endless())
     evaluator.submit([{"x": 2}, {"x": 3}])
     if place == "gather":
+        wait_until_both_run()
         here()
         evaluator.gather("BATCH")
-    while place == "close" and pathlib.Path("pids").read_text().count("\\n") < 3:
-        time.sleep(0.01)
+    if place == "close":
+        wait_until_both_run()
 """
 
 
