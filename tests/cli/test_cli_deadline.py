@@ -155,8 +155,11 @@ def test_a_job_that_crashes_near_the_deadline_is_left_to_the_resume(shell):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_what_a_batch_system_sends_says_resume_me(shell, number):
-    process = shell.start("run", "work.py:polite", *GRID, "-w", "1", "--search", "s")
+    process = shell.start("run", "work.py:polite", *GRID, "-w", "1", "--search", "s", "--output", "o.csv")
     shell.wait_for((shell.folder / "reached").exists)
+    # What ends as the signal comes may be cancelled before its end is heard.
+    shell.wait_for((shell.folder / "o.csv").exists)
+    shell.wait_for(lambda: len((shell.folder / "o.csv").read_text().splitlines()) == 6)
     process.send_signal(number)
     process.send_signal(number)  # timeout and mpiexec send it to the process and to its group: that is one request
     out, err = process.communicate(timeout=30)
