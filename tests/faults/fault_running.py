@@ -305,6 +305,8 @@ def say_end(programs: Programs, fault: str, code: int, stood_still: bool) -> str
     if fault == "descriptors" and not programs.backend.mpi:
         lost = "the program has lost its own files, and is to be ended by SIGKILL"
         return f"{lost}; its record is not DONE" if state != "DONE" else RED + state
+    if fault == "descriptors" and state in ("unfinished", "DONE"):
+        return f"{how}; its record is DONE if its result came through before"
     if fault == "hang-c":
         how = "the program stands still until SIGKILL" if stood_still and code == -signal.SIGKILL else RED + how
     return f"{how}; its record is {state}"
