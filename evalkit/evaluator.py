@@ -30,16 +30,17 @@ from evalkit.engine.arguments import (
 from evalkit.engine.budget import Budget
 from evalkit.engine.clock import Clock
 from evalkit.engine.drawing import Drawer, chunks_of
-from evalkit.engine.interrupts import InterruptHeld
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
 from evalkit.engine.resources import Resources, check_resources
 from evalkit.engine.retry import RetryPolicy
 from evalkit.engine.scheduler import Scheduler
+from evalkit.engine.waiting import AllWaiter, BatchWaiter
 from evalkit.errors import (
     GatherInCallbackError,
     SearchStoppedError,
 )
+from evalkit.interrupts import InterruptHeld
 from evalkit.job import Job, JobState
 from evalkit.plugins import plugins
 from evalkit.storage.base import JobRecord, Storage
@@ -148,8 +149,6 @@ class Evaluator:
             self._submitting = threading.RLock()
             self._numbers = itertools.count()
             self._submitted = 0
-            self._gathered = 0
-            self._counting = threading.Lock()
             self._catching_up = threading.Lock()  # with what others have done
             self._budget = Budget(self._scheduler, self._timers)
             self._closing = threading.Lock()
@@ -235,7 +234,7 @@ class Evaluator:
 
     def _submit_all(self, copies: list[dict[str, Any]]) -> list[Job]:
         """Submit jobs with these parameters, which are theirs: all of them or none, unless the storage fails."""
-        with self._submitting:
+        with InterruptHeld(), self._submitting:
             self._check_room(len(copies))
             self._submitted += len(copies)  # callbacks may submit while this goes on
             jobs: list[Job] = []
@@ -292,25 +291,22 @@ class Evaluator:
         self._budget.check_open()
         if self._notifier.in_callback:
             raise GatherInCallbackError("a callback cannot gather: it would wait for itself; gather in the loop")
-        if type == "ALL":
-            jobs = self._scheduler.wait_all()
-        else:
-            jobs, out = self._scheduler.wait_batch(size)
-            if 0 < out < size:
-                warnings.warn(f"gather('BATCH', {size}) with {out} jobs out: waited for {out}", stacklevel=2)
-        return self._hand_over(jobs)
+        waiter = AllWaiter() if type == "ALL" else BatchWaiter(size)
+        try:
+            self._scheduler.wait(waiter)
+            if isinstance(waiter, BatchWaiter) and 0 < waiter.out < size:
+                fewer = waiter.out
+                warnings.warn(f"gather('BATCH', {size}) with {fewer} jobs out: waited for {fewer}", stacklevel=2)
+            return self._hand_over(waiter.jobs)
+        except BaseException:
+            self._scheduler.undo(waiter)
+            raise
 
     def _hand_over(self, jobs: list[Job]) -> list[Job]:
         """What has to be true before jobs are returned: they are durable, and the callbacks have seen them."""
         if not jobs:
             return jobs
-        try:
-            self._recorder.flush()
-        except BaseException:
-            self._scheduler.put_back(jobs)
-            raise
-        with self._counting:
-            self._gathered += len(jobs)
+        self._recorder.flush()
         if self._notifier.active:
             self._notifier.post("on_gather", [jobs])
             self._notifier.drain()
@@ -351,9 +347,17 @@ class Evaluator:
         if not isinstance(job, Job):
             (job,) = await awaiter.call(self.submit, [job])
         await awaiter.end_of(job)
-        if self._scheduler.take(job):
-            await awaiter.call(self._hand_over, [job])
+        await awaiter.call(self._take, job)
         return job
+
+    def _take(self, job: Job) -> None:
+        """Gather this one, unless somebody has."""
+        if self._scheduler.take(job):
+            try:
+                self._hand_over([job])
+            except BaseException:
+                self._scheduler.put_back(job)
+                raise
 
     # -- budget ---------------------------------------------------------------------------------------------------
 
@@ -412,7 +416,7 @@ class Evaluator:
 
     @property
     def num_jobs_gathered(self) -> int:
-        return self._gathered
+        return self._scheduler.gathered
 
     @property
     def is_master(self) -> bool:
@@ -452,13 +456,13 @@ class Evaluator:
             "job_timeout": self._job_timeout,
             "resources": {kind: list(units) for kind, units in self._units.items()} or None,
             "num_jobs_submitted": self._submitted,
-            "num_jobs_gathered": self._gathered,
+            "num_jobs_gathered": self.num_jobs_gathered,
             "is_master": self.is_master,
             "closed": self._budget.closed,
         }
 
     def __repr__(self) -> str:
-        state = "closed" if self._budget.closed else f"{self._submitted} submitted, {self._gathered} gathered"
+        state = "closed" if self._budget.closed else f"{self._submitted} submitted, {self.num_jobs_gathered} gathered"
         return f"<Evaluator on {type(self._backend).__name__}, search {self._search_id!r}, {state}>"
 
     # -- the end --------------------------------------------------------------------------------------------------

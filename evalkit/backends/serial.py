@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections import deque
@@ -14,20 +13,12 @@ from evalkit.backends.asynchronous import AsyncBackend
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Event, Started
 from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, run, visible
+from evalkit.interrupts import SIGINT, get_handler, set_handler
 from evalkit.running import RunningJob, is_coroutine_function, own_copy
-
-try:  # the same without conversion to enums, which takes ten times as long as all the rest, and twice for each job
-    from _signal import getsignal as _get_handler  # type: ignore[import-not-found]
-    from _signal import signal as _set_handler
-except ImportError:  # another Python
-    from signal import getsignal as _get_handler
-    from signal import signal as _set_handler
 
 __all__ = ["SerialBackend"]
 
 _HOLD = 0.002  # seconds after which a step comes back to see what is wanted
-
-_SIGINT = int(signal.SIGINT)
 
 
 class SerialBackend(Backend):
@@ -222,15 +213,15 @@ class _Interrupts:
 
     def __enter__(self) -> _Interrupts:
         if threading.current_thread() is threading.main_thread():
-            before = _get_handler(_SIGINT)
+            before = get_handler(SIGINT)
             if callable(before):
                 self._before = before
-                _set_handler(_SIGINT, self._handle)
+                set_handler(SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
-            _set_handler(_SIGINT, self._before)
+            set_handler(SIGINT, self._before)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 from evalkit.engine.clock import Clock
 from evalkit.errors import StorageError, StorageUnavailableError
+from evalkit.interrupts import InterruptHeld
 from evalkit.job import Job
 from evalkit.storage.base import JobUpdate, Storage
 
@@ -45,12 +47,13 @@ class Recorder:
     write.
 
     What was noted is written within :data:`_INTERVAL`, ends within :data:`_SOON`, or, for who calls :meth:`flush`, at
-    once. What the storage does not take is kept for the next write.
+    once. What the storage does not take is kept for the next write. Ends do not take along what else has changed:
+    most of that is over by the time at which it would be written.
 
     Attributes:
         durable: whether what is written outlives this process.
         away: whether the storage did not take the last write.
-        on_written: called after each write in the background.
+        on_written: called after each write, where the storage is durable: what waited for it may start.
     """
 
     def __init__(self, storage: Storage, clock: Clock) -> None:
@@ -64,7 +67,8 @@ class Recorder:
         self._changed: dict[str, Job] = {}
         self._ended: list[Job] = []  # each once
         self._being_written = 0  # of those that have ended
-        self._scheduled: float | None = None  # when, on the monotonic clock
+        self._scheduled: float | None = None  # when something is written in the background, on the monotonic clock
+        self._changes_due = math.inf  # when that includes jobs which have changed, and not ended
         self._last_duration = 0.0
         self._backoff = 0.0  # of the writes in the background, while the storage is away
         self._patience = _PATIENCE
@@ -84,18 +88,33 @@ class Recorder:
             for job in changed:
                 self._changed[job.id] = job
             self._ended += ended
-            if not self.durable or not (self._ended or self._changed):
+            if self._changed:
+                for job in ended:
+                    self._changed.pop(job.id, None)
+            if not (self._changed or (self._ended and self.durable)):
                 return
-            least = _INTERVAL if not self._ended else _SOON
-            delay = self._backoff or (0.0 if at_once and self._ended else max(least, _SHARE * self._last_duration))
-            due = time.monotonic() + delay
+            now = time.monotonic()
+            pause = _SHARE * self._last_duration
+            if self._changed and self._changes_due == math.inf:
+                self._changes_due = now + max(_INTERVAL, pause)
+            if not self.durable:
+                return  # it is written when somebody gathers
+            due = self._changes_due
+            if self._ended:
+                due = min(due, now if at_once else now + max(_SOON, pause))
+            if self._backoff:
+                due = now + self._backoff
             if self._scheduled is not None and self._scheduled <= due:
                 return
             self._scheduled = due
-        self._clock.call_later(delay, self._write_in_background)
+        self._clock.call_later(max(0.0, due - now), self._write_in_background, due)
+
+    def hurry(self) -> None:
+        """Somebody waits for the ends that were noted to be written."""
+        self.note((), (), at_once=True)
 
     def flush(self) -> None:
-        """Write what was noted, and return when it is durable.
+        """Write the ends that were noted, and return when they are durable.
 
         Raises:
             StorageUnavailableError: the storage has been away for too long; what was noted is kept.
@@ -116,14 +135,16 @@ class Recorder:
             else:
                 return
 
-    def _write_in_background(self) -> None:
+    def _write_in_background(self, due: float) -> None:
         with self._lock:
+            if self._scheduled != due:
+                return  # another comes sooner, or has
             self._scheduled = None
         self.write()
-        self.on_written()
+        self.note((), ())
 
     def write(self) -> None:
-        """Write what was noted; what the storage does not take now is tried again later."""
+        """Write what is due; what the storage does not take now is tried again later."""
         try:
             self._write()
         except StorageUnavailableError:
@@ -133,10 +154,21 @@ class Recorder:
             self.note((), ())
 
     def _write(self) -> None:
+        with InterruptHeld():
+            try:
+                self._write_now()
+            finally:
+                if self.durable:
+                    self.on_written()
+
+    def _write_now(self) -> None:
         # One write at a time; a second one waits, so that what it was called for is written when it returns.
         with self._writing:
             with self._lock:
-                changed, self._changed = self._changed, {}
+                changed: dict[str, Job] = {}
+                if time.monotonic() >= self._changes_due:
+                    changed, self._changed = self._changed, {}
+                    self._changes_due = math.inf
                 ended, self._ended = self._ended, []
                 self._being_written = len(ended)
             if not (ended or changed):

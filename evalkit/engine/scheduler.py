@@ -38,11 +38,10 @@ from evalkit.backends.execution import describe
 from evalkit.engine.clock import Clock
 from evalkit.engine.endings import Endings
 from evalkit.engine.notifier import Notifier
-from evalkit.engine.pacing import Pacing
 from evalkit.engine.recorder import Recorder
 from evalkit.engine.resources import Resources
 from evalkit.engine.retry import Retries, RetryPolicy
-from evalkit.engine.waiting import AllWaiter, BatchWaiter, JobWaiter, Waiter
+from evalkit.engine.waiting import AllWaiter, JobWaiter, Waiter
 from evalkit.errors import SearchStoppedError
 from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobLog, JobState
 
@@ -77,7 +76,6 @@ class Scheduler:
     ) -> None:
         self._backend = backend
         self._recorder = recorder
-        self._pacing = Pacing(recorder, backend.num_workers)
         recorder.on_written = self.pump
         self._notifier = notifier
         self._timers = timers
@@ -96,6 +94,7 @@ class Scheduler:
         self._finished: dict[str, Job] = {}
         self._waiters: list[Waiter] = []
         self._last_number = -1
+        self._admitted = 0
         self._closed_because: str | None = None
         self._handlers: dict[type, Callable[[_Turn, Job, Any], None]] = {
             Done: self._on_done,
@@ -116,6 +115,12 @@ class Scheduler:
         """Seconds since :attr:`epoch`."""
         return time.time() - self.epoch
 
+    @property
+    def gathered(self) -> int:
+        """How many jobs have ended and were taken."""
+        with self._lock:
+            return self._admitted - len(self._out) - len(self._finished)
+
     def admit(self, jobs: Sequence[Job], *, begun: bool = False) -> None:
         """Take these jobs in and start what can start.
 
@@ -132,6 +137,7 @@ class Scheduler:
             self._out.update(zip(map(_id, jobs), jobs, strict=True))
             self._pending.extend(jobs)
             self._last_number = jobs[-1].number
+            self._admitted += len(jobs)
             if self._notifier.active:
                 self._notifier.post("on_launch", jobs)
         if closed is not None:
@@ -161,41 +167,44 @@ class Scheduler:
         with self._lock:
             self._closed_because = None
 
-    def wait_batch(self, size: int) -> tuple[list[Job], int]:
-        """Wait for ``size`` jobs, or for all if fewer are out; take everything that has ended by then.
+    def wait(self, waiter: Waiter, timeout: float | None = None) -> bool:
+        """Wait until this is released, at most ``timeout`` seconds; say whether that came.
 
-        Returns:
-            the jobs, in the order in which they ended, and how many were out.
+        Who is interrupted, here or before it has made use of what the waiter was given, calls :meth:`undo`.
         """
         with self._lock:
-            out = len(self._out) + len(self._finished)
-            waiter = self._enlist(BatchWaiter(min(size, out)))
-        self._wait(waiter, None)
-        return waiter.jobs, out
+            waiter.begin(len(self._out), len(self._finished), self._last_number)
+            if waiter.satisfied(len(self._finished), len(self._out)):
+                waiter.release(self._finished)
+            else:
+                self._waiters.append(waiter)
+        return self._wait(waiter, timeout)
 
-    def wait_all(self) -> list[Job]:
-        """Wait for every job that is out by now and take them, in the order of submission."""
+    def undo(self, waiter: Waiter) -> None:
+        """It is given nothing more from here on, and what it was given is for the next who gathers."""
         with self._lock:
-            waiter = self._enlist(AllWaiter(len(self._out), self._last_number))
-        self._wait(waiter, None)
-        return waiter.jobs
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            if waiter.jobs:
+                self._put_back(waiter.jobs)
 
     def wait_job(self, job: Job, timeout: float | None) -> bool:
         """Wait for one job; say whether it has ended."""
-        with self._lock:
-            waiter = self._enlist(JobWaiter(job))
-        return self._wait(waiter, timeout)
+        waiter = JobWaiter(job)
+        try:
+            return self.wait(waiter, timeout)
+        finally:
+            self.undo(waiter)
 
     def take(self, job: Job) -> bool:
         """Take one job that has ended; say whether nobody had taken it before."""
         with self._lock:
             return self._finished.pop(job.id, None) is not None
 
-    def put_back(self, jobs: Iterable[Job]) -> None:
-        """Undo taking: the next gather returns them."""
+    def put_back(self, job: Job) -> None:
+        """Undo taking: the next gather returns it."""
         with self._lock:
-            self._finished = {job.id: job for job in jobs} | self._finished
-            self._release_waiters()
+            self._put_back([job])
 
     def cancel_job(self, job: Job) -> CancelOutcome:
         return self._cancel(job, "cancelled by the user")
@@ -226,46 +235,28 @@ class Scheduler:
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
-    def _enlist(self, waiter: Waiter) -> Waiter:
-        if waiter.satisfied(len(self._finished), len(self._out)):
-            waiter.release(self._finished)
-        else:
-            self._waiters.append(waiter)
-        return waiter
-
     def _wait(self, waiter: Waiter, timeout: float | None) -> bool:
-        try:
-            if not self._backend.runs_in_caller:
-                return waiter.wait(timeout)
-            deadline = None if timeout is None else time.monotonic() + timeout
-            # With callbacks one job at a time, so that what they decide holds for the next.
-            limit = 1 if self._notifier.active or not isinstance(waiter, AllWaiter) else 64
-            while not waiter.done:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return False
-                if self._backend.step(limit, left):
-                    continue
-                if self._pending and self._recorder.unwritten and not self._recorder.away:
-                    self._recorder.write()  # what waits to start waits for that
-                    self.pump()
-                elif not waiter.done:
-                    # Nothing to run here and now: another thread is submitting, or a retry waits for its time.
-                    waiter.wait(0.05 if left is None else min(left, 0.05))
-            return True
-        except BaseException:
-            # Ctrl-C: it is given nothing more from here on, and what it was given is for the next who gathers.
-            self._strike(waiter)
-            self.put_back(waiter.jobs)
-            raise
-        finally:
-            if not waiter.done:
-                self._strike(waiter)
+        if not self._backend.runs_in_caller:
+            return waiter.wait(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        # With callbacks one job at a time, so that what they decide holds for the next.
+        limit = 1 if self._notifier.active or not isinstance(waiter, AllWaiter) else 64
+        while not waiter.done:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            if self._backend.step(limit, left):
+                continue
+            if self._pending and self._recorder.unwritten and not self._recorder.away:
+                self._recorder.write()  # what waits to start waits for that
+            elif not waiter.done:
+                # Nothing to run here and now: another thread is submitting, or a retry waits for its time.
+                waiter.wait(0.05 if left is None else min(left, 0.05))
+        return True
 
-    def _strike(self, waiter: Waiter) -> None:
-        with self._lock:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+    def _put_back(self, jobs: Iterable[Job]) -> None:
+        self._finished = {job.id: job for job in jobs} | self._finished
+        self._release_waiters()
 
     def _release_waiters(self) -> None:
         """First come, first served: what one is given, the next does not count on."""
@@ -319,9 +310,8 @@ class Scheduler:
             in_backend = self._in_backend
             resources = self._resources
             room = self._backend.capacity - len(in_backend)
-            paced = self._pacing.room(len(in_backend))
-            if paced is not None:
-                room = min(room, paced)
+            if self._recorder.durable and not self._recorder.away:
+                room = min(room, self._room_in_storage())
             if resources is not None:
                 # What waited in the backend would keep from others what it does not use yet.
                 at_once = 1 if self._backend.runs_in_caller else self._backend.num_workers
@@ -332,6 +322,15 @@ class Scheduler:
                 batch += [job for job in first if job.state is JobState.QUEUED]  # else it was cancelled
             in_backend.update(zip(map(_id, batch), batch, strict=True))
             return batch if resources is None else [resources.lease(job) for job in batch]
+
+    def _room_in_storage(self) -> int:
+        """With the lock: how many jobs may start, so that no more are running or unwritten than there are workers: a
+        kill has a resume run these again.
+        """
+        unwritten = self._recorder.unwritten
+        if unwritten and not self._backend.runs_in_caller:
+            self._recorder.hurry()
+        return self._backend.num_workers - len(self._in_backend) - unwritten
 
     # -- what the backend tells -----------------------------------------------------------------------------------
 
@@ -355,7 +354,7 @@ class Scheduler:
         """With the lock: have what was touched recorded and told of, before anybody can gather it."""
         ended = turn.ended
         if ended or turn.changed:
-            self._recorder.note(turn.changed, ended, self._pacing.strict)
+            self._recorder.note(turn.changed, ended, bool(self._pending) and not self._backend.runs_in_caller)
         if self._notifier.active:
             self._notifier.post("on_progress", turn.progressed)
             self._notifier.post("on_done", ended)
@@ -405,13 +404,10 @@ class Scheduler:
 
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
         self._leave_backend(job)
-        if self._recorder.durable:
-            self._pacing.note(event)
         self._end(turn, job, JobState.DONE, event, event.output)
 
     def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
         self._leave_backend(job, event.abandoned)
-        self._pacing.note(event)
         if job.state is JobState.QUEUED and event.measured is not None:
             job.start(event.measured[0], event.worker)  # over so soon that nobody told of its start
             turn.progressed.append(job)

@@ -18,6 +18,8 @@ _LOOK_UP = 0.2
 class Waiter:
     """One thread that waits. The scheduler asks and tells it with its lock held; waiting takes no lock and no CPU.
 
+    Who waits makes it, and hands it back if it is interrupted: whatever it was given by then is then not lost.
+
     Attributes:
         done: whether it was released.
         jobs: what it was given when it was released; nobody else gets them.
@@ -28,6 +30,15 @@ class Waiter:
         self._gate.acquire()
         self.done = False
         self.jobs: list[Job] = []
+
+    def begin(self, out: int, finished: int, last: int) -> None:
+        """It starts to wait.
+
+        Args:
+            out: how many jobs have not ended.
+            finished: how many have ended and were given to nobody yet.
+            last: the number of the job that was submitted last.
+        """
 
     def ended(self, jobs: list[Job]) -> None:
         """These jobs have ended."""
@@ -68,11 +79,20 @@ class Waiter:
 
 
 class BatchWaiter(Waiter):
-    """Waits for ``size`` jobs, or for as many as there can be, and takes whatever has ended."""
+    """Waits for ``size`` jobs, or for all if fewer are out, and takes whatever has ended by then, in that order.
+
+    Attributes:
+        out: how many were out.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self._size = size
+        self.out = 0
+
+    def begin(self, out: int, finished: int, last: int) -> None:
+        self.out = out + finished
+        self._size = min(self._size, self.out)
 
     def satisfied(self, finished: int, out: int) -> bool:
         return finished >= self._size or out == 0
@@ -82,11 +102,10 @@ class BatchWaiter(Waiter):
 
 
 class AllWaiter(Waiter):
-    """Waits for the ``missing`` jobs up to number ``last`` and takes those, in the order of submission."""
+    """Waits for every job that is out when it begins and takes those, in the order of submission."""
 
-    def __init__(self, missing: int, last: int) -> None:
-        super().__init__()
-        self._missing = missing
+    def begin(self, out: int, finished: int, last: int) -> None:
+        self._missing = out
         self._last = last
 
     def ended(self, jobs: list[Job]) -> None:

@@ -10,7 +10,6 @@ from collections import Counter
 import pytest
 
 WORKERS = 2
-JOBS = 120
 
 STEADY = """
 import os, time
@@ -18,16 +17,18 @@ import os, time
 def run(job):
     with open("ran.log", "a") as file:
         file.write(f"{job['x']} {os.getpid()}\\n")
-    time.sleep(0.05)
+    time.sleep(float(os.environ["SECONDS"]))
     return job["x"]
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_killed_at_any_instant_and_resumed_until_done(shell):
+@pytest.mark.parametrize(("jobs", "seconds"), [(120, 0.05), (4000, 0.0)])
+def test_killed_at_any_instant_and_resumed_until_done(shell, jobs, seconds):
+    shell.environment["SECONDS"] = str(seconds)
     (shell.folder / "steady.py").write_text(STEADY)
-    (shell.folder / "p.jsonl").write_text("".join(f'{{"x": {number}}}\n' for number in range(JOBS)))
+    (shell.folder / "p.jsonl").write_text("".join(f'{{"x": {number}}}\n' for number in range(jobs)))
     command = ("run", "steady.py:run", "--params", "p.jsonl", "-w", str(WORKERS), "--search", "s", "--resume")
     chance = random.Random(20)
     kills = 0
@@ -55,12 +56,12 @@ def test_killed_at_any_instant_and_resumed_until_done(shell):
         ids = {json.loads(line)["job_id"] for line in told.splitlines() if line.endswith("}")}
         assert {stored[job_id] for job_id in ids} <= {"DONE"}
 
-    jobs = shell.exported("s")
-    assert Counter(job["parameters"]["x"] for job in jobs) == Counter(range(JOBS))
-    assert all(job["state"] == "DONE" and job["objective"] == job["parameters"]["x"] for job in jobs)
+    records = shell.exported("s")
+    assert Counter(job["parameters"]["x"] for job in records) == Counter(range(jobs))
+    assert all(job["state"] == "DONE" and job["objective"] == job["parameters"]["x"] for job in records)
     assert kills >= 4
     # All that ran twice is what ran when a kill came.
-    assert len(shell.ran()) - JOBS <= kills * WORKERS, Counter(shell.ran())
+    assert len(shell.ran()) - jobs <= kills * WORKERS, Counter(shell.ran())
     # And each has one row.
     rows = [json.loads(line) for line in (shell.folder / "o.jsonl").read_text().splitlines()]
-    assert Counter(row["parameters"]["x"] for row in rows) == Counter(range(JOBS))
+    assert Counter(row["parameters"]["x"] for row in rows) == Counter(range(jobs))

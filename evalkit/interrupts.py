@@ -9,7 +9,16 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
-__all__ = ["InterruptHeld"]
+try:  # the same without conversion to enums, which takes ten times as long as all the rest
+    from _signal import getsignal as get_handler  # type: ignore[import-not-found]
+    from _signal import signal as set_handler
+except ImportError:  # another Python
+    from signal import getsignal as get_handler
+    from signal import signal as set_handler
+
+__all__ = ["SIGINT", "InterruptHeld", "get_handler", "set_handler"]
+
+SIGINT = int(signal.SIGINT)
 
 
 class InterruptHeld:
@@ -21,21 +30,23 @@ class InterruptHeld:
         hurry: called in another thread when Ctrl-C comes, so that the end comes soon.
     """
 
-    def __init__(self, hurry: Callable[[], None]) -> None:
+    __slots__ = ("_heard", "_holds", "_hurry")
+
+    def __init__(self, hurry: Callable[[], None] | None = None) -> None:
         self._hurry = hurry
         self._heard = False
         self._holds = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._holds = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            self._holds = get_handler(SIGINT) is signal.default_int_handler
             if self._holds:
-                signal.signal(signal.SIGINT, self._hear)
+                set_handler(SIGINT, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._holds:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            set_handler(SIGINT, signal.default_int_handler)
             if self._heard:
                 raise KeyboardInterrupt
 
@@ -43,6 +54,7 @@ class InterruptHeld:
         if self._heard:
             raise KeyboardInterrupt
         self._heard = True
-        # The main thread may hold any lock at this moment.
-        with contextlib.suppress(RuntimeError):  # the interpreter ends, and starts no thread
-            threading.Thread(target=self._hurry, name="evalkit-hurry", daemon=True).start()
+        if self._hurry is not None:
+            # The main thread may hold any lock at this moment.
+            with contextlib.suppress(RuntimeError):  # the interpreter ends, and starts no thread
+                threading.Thread(target=self._hurry, name="evalkit-hurry", daemon=True).start()
