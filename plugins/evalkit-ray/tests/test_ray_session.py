@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -166,18 +165,11 @@ def test_a_program_that_is_ended_leaves_no_process(number, tmp_path):
         assert os.path.isdir(folder)
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 4, "Ray's servers"
-        names = {child.pid: child.name() for child in children}
         process.send_signal(number)
         assert process.wait(BOUND) == (15 if number == signal.SIGTERM else -9)
-    # After SIGKILL, Ray's own agents take about a minute to notice; whatever runs jobs is gone at once.
-    agents = [child for child in children if "Agent" in names[child.pid] and number == signal.SIGKILL]
-    others = [child for child in children if child not in agents]
-    eventually(lambda: not any(runs(child) for child in others), "the end of all processes")
-    for agent in agents:
-        if runs(agent):
-            agent.kill()
-    assert os.path.isdir(folder) == (number == signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)
+    # Ray's own agents would take a minute to notice.
+    eventually(lambda: not any(runs(child) for child in children), "the end of all processes", 5.0)
+    eventually(lambda: not os.path.exists(folder), "the end of Ray's folder")
 
 
 @pytest.mark.slow

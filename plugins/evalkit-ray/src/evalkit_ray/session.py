@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ import ray
 from ray._private import ray_constants
 
 from evalkit.errors import BackendError
+from evalkit_ray.watch import Watch
 
 __all__ = ["Session", "SessionSettings", "join"]
 
@@ -86,9 +86,9 @@ class Session:
 class _Made:
     """A connection that was made here."""
 
-    def __init__(self, settings: SessionSettings, folder: str | None) -> None:
+    def __init__(self, settings: SessionSettings, watch: Watch | None) -> None:
         self.settings = settings
-        self.folder = folder
+        self.watch = watch  # over a local Ray, with a folder of its own
         self.users = 1
 
 
@@ -136,7 +136,7 @@ def _make(settings: SessionSettings) -> _Made:
     if address != "local":
         _connect(address, settings, arguments)
         return _Made(settings, None)
-    folder = None
+    watch = None
     arguments["num_cpus"] = settings.num_cpus
     if settings.num_cpus is None:
         arguments["num_cpus"] = max(os.cpu_count() or 1, math.ceil(settings.wanted_cpus))
@@ -145,17 +145,18 @@ def _make(settings: SessionSettings) -> _Made:
     arguments.setdefault("include_dashboard", False)
     if "_temp_dir" not in arguments:
         # A folder of our own: it goes when we go, and no other program finds this Ray and attaches itself to it.
-        folder = arguments["_temp_dir"] = _new_folder()
+        arguments["_temp_dir"] = folder = _new_folder()
+        watch = Watch(folder)
     try:
         with _loopback_only() if "_node_ip_address" not in arguments else contextlib.nullcontext():
             _init("local", arguments)
     except BaseException as exc:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        if watch is not None:
+            watch.end()
         if not isinstance(exc, Exception):
             raise
         raise BackendError(f"a local Ray does not start: {type(exc).__name__}: {exc}") from exc
-    return _Made(settings, folder)
+    return _Made(settings, watch)
 
 
 def _connect(address: str, settings: SessionSettings, arguments: dict[str, Any]) -> None:
@@ -237,13 +238,13 @@ def _end(made: _Made) -> None:
     if _made is made:
         _made = None
         if ray.is_initialized():
-            processes = psutil.Process().children(recursive=True) if made.folder is not None else []
+            processes = psutil.Process().children(recursive=True) if made.watch is not None else []
             names = ("raylet", "gcs_server")
             servers = [process for process in processes if _name(process) in names]
             ray.shutdown()
             psutil.wait_procs(servers, _END_TIMEOUT)
-    if made.folder is not None:
-        shutil.rmtree(made.folder, ignore_errors=True)
+    if made.watch is not None:
+        made.watch.end()
 
 
 def _name(process: psutil.Process) -> str:
