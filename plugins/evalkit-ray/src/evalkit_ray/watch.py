@@ -1,4 +1,6 @@
-"""Ends a local Ray when the program that started it is gone, whatever ended that: ``python -m evalkit_ray.watch FOLDER``.
+"""Ends a local Ray when the program that started it is gone, whatever ended that.
+
+It runs as ``python -m evalkit_ray.watch FOLDER``.
 
 Ray's servers notice the death of their program at once, but its agents take up to a minute, and nobody removes its
 folder. This process notices by the end of its standard input, and by being adopted.
@@ -55,7 +57,7 @@ def _members(folder: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             line = " ".join(process.cmdline())
-            # Its servers have the folder in their command line; agents and workers change theirs, and log to the folder.
+            # Servers have the folder in their command line; agents and workers change theirs, and log to it.
             is_server = folder in line and package in line
             if is_server or (
                 line.startswith("ray::") and any(file.path.startswith(folder) for file in process.open_files())
