@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
-__all__ = ["SCALARS", "Channel", "RunningJob", "are_plain", "call_with_kwargs", "is_coroutine_function", "own_copy"]
+__all__ = ["SCALARS", "Channel", "RunningJob", "are_plain", "call_with_kwargs", "is_coroutine_function", "own_copies", "own_copy"]
 
 #: The types of plain values, which nobody can change and every way of travelling takes as they are.
 SCALARS = frozenset({bool, float, int, str, type(None)})
@@ -147,6 +147,13 @@ def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
         return {key: _own(value, memo) for key, value in parameters.items()}
     except RecursionError:  # nested deeper than Python counts: shared rather than refused
         return parameters.copy()
+
+
+def own_copies(parameters: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What :func:`own_copy` makes of each of these; in one go where that is simple."""
+    if are_plain(parameters):
+        return list(map(dict.copy, parameters))
+    return list(map(own_copy, parameters))
 
 
 def _own(value: Any, memo: dict[int, Any]) -> Any:

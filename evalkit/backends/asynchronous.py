@@ -10,7 +10,6 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
@@ -20,6 +19,7 @@ from evalkit.backends.events import (
     Event,
     Failed,
     Lost,
+    Measured,
     Released,
     Started,
     WorkerIdentity,
@@ -27,7 +27,7 @@ from evalkit.backends.events import (
 from evalkit.backends.execution import LocalChannel, failed, identity
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import RunningJob, own_copy
+from evalkit.running import RunningJob, own_copies
 
 __all__ = ["AsyncBackend", "RunFailedError", "RunLostError"]
 
@@ -59,13 +59,21 @@ class RunLostError(Exception):
     """
 
 
-@dataclass(slots=True)
-class _Run:
-    task: Task
-    lane: asyncio.Task[None]
+class _Run(LocalChannel):
+    """One run of a job, and its channel."""
+
+    __slots__ = ("job", "lane", "task", "was_killed", "worker")
+
     job: RunningJob
-    channel: LocalChannel
-    worker: WorkerIdentity
+
+    def __init__(self, emit: Emit, task: Task, lane: asyncio.Task[None], worker: WorkerIdentity) -> None:
+        self._emit = emit
+        self._open = True
+        self._asked = False
+        self.task = task
+        self.lane = lane
+        self.worker = worker
+        self.was_killed = False
 
 
 class AsyncBackend(Backend):
@@ -84,8 +92,9 @@ class AsyncBackend(Backend):
 
     def __init__(self, num_workers: int) -> None:
         super().__init__(num_workers)
-        self._tasks: deque[Task] = deque()
-        self._lock = threading.Lock()
+        # What waits, with its arguments, and in which order. Whoever pops a task has it.
+        self._waiting: dict[str, tuple[Task, dict[str, Any]]] = {}
+        self._order: deque[str] = deque()
         self._events: list[Event] = []
         self._begun: dict[str, float] = {}  # what runs, and nobody was told of: id -> since when
         self._events_since = 0.0
@@ -139,16 +148,14 @@ class AsyncBackend(Backend):
             raise BackendError(f"{type(self).__name__} cannot start: {type(exc).__name__}: {exc}") from exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        with self._lock:
-            self._tasks.extend(tasks)
+        ids = [task.id for task in tasks]
+        copies = own_copies([task.args for task in tasks])
+        self._waiting.update(zip(ids, zip(tasks, copies, strict=True), strict=True))
+        self._order.extend(ids)
         self._loop.call_soon_threadsafe(self._fill_lanes)
 
     def cancel(self, job_id: str, kill: bool) -> None:
-        with self._lock:
-            waiting = [task for task in self._tasks if task.id == job_id]
-            for task in waiting:
-                self._tasks.remove(task)
-        if waiting:
+        if self._waiting.pop(job_id, None) is not None:
             self._emit([Cancelled(job_id)])
             return
         self._request_stop(self._running.get(job_id))
@@ -157,8 +164,8 @@ class AsyncBackend(Backend):
 
     def stop(self, grace: float) -> None:
         deadline = time.monotonic() + grace
-        with self._lock:
-            self._tasks.clear()
+        self._waiting.clear()
+        self._order.clear()
         for run in list(self._running.values()):
             self._request_stop(run)
         self._on_loop(self._settle(deadline), grace + 5.0)
@@ -167,7 +174,7 @@ class AsyncBackend(Backend):
 
     def _request_stop(self, run: _Run | None) -> None:
         if run is not None:
-            run.channel.request_stop()
+            run.request_stop()
             self._loop.call_soon_threadsafe(self._pass_on, run)
 
     def _on_loop(self, coroutine: Any, timeout: float) -> None:
@@ -215,7 +222,7 @@ class AsyncBackend(Backend):
             await asyncio.wait(lanes, timeout=3.0)
 
     def _fill_lanes(self) -> None:
-        for _ in range(min(self.num_workers - len(self._lanes), len(self._tasks))):
+        for _ in range(min(self.num_workers - len(self._lanes), len(self._order))):
             lane = self._loop.create_task(self._lane())
             self._lanes.add(lane)
             lane.add_done_callback(self._lanes.discard)
@@ -225,16 +232,21 @@ class AsyncBackend(Backend):
         me = asyncio.current_task()
         if me is None:
             return
+        order, waiting, running = self._order, self._waiting, self._running
         brief = False
-        while True:
-            with self._lock:
-                if not self._tasks:
-                    break
-                task = self._tasks.popleft()
-                job_id = task.id
-                channel = LocalChannel(self._say)
-                job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, None, task.resources)
-                self._running[job_id] = run = _Run(task, me, job, channel, self._worker)
+        while order:
+            job_id = order.popleft()
+            entry = waiting.get(job_id)
+            if entry is None:
+                continue  # it was cancelled
+            task, args = entry
+            run = _Run(self._say, task, me, self._worker)
+            run.job = job = RunningJob(args, job_id, task.attempt, run, None, task.resources)
+            running[job_id] = run
+            # Only now, so that a cancel finds it in one place or the other.
+            if waiting.pop(job_id, None) is None:
+                del running[job_id]
+                continue
             self._begun[job_id] = start = time.time()
             if not brief:  # it may keep the loop for a while, and its time counts from now
                 self._flush()
@@ -243,36 +255,33 @@ class AsyncBackend(Backend):
                 self._loop.call_soon(self._flush)
             try:
                 output = await self.execute(job)
-                end: Event = Done(job_id, output, (start, time.time(), None, None), run.worker)
-            except asyncio.CancelledError as exc:
-                if me.cancelling():
-                    if self._running.get(job_id) is run:
-                        del self._running[job_id]  # everything stops
-                    return
-                end = failed(job_id, exc, (start, time.time(), None, None), run.worker)
-            except RunFailedError as exc:
-                end = Failed(job_id, exc.cause, exc.error, (start, time.time(), None, None), run.worker)
-            except RunLostError as exc:
-                end = Lost(job_id, str(exc))
+                now = time.time()
+                end: Event = Done(job_id, output, (start, now, None, None), run.worker)
             except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit included
-                end = failed(job_id, exc, (start, time.time(), None, None), run.worker)
-            if self._running.get(job_id) is not run:
-                return  # killed, and told of already
-            del self._running[job_id]
-            run.channel.close()
+                now = time.time()
+                if type(exc) is asyncio.CancelledError and me.cancelling():
+                    if not run.was_killed:
+                        del running[job_id]  # everything stops
+                    return
+                end = _failure(job_id, exc, (start, now, None, None), run.worker)
+            if run.was_killed:
+                return  # it was told of
+            del running[job_id]
+            run.close()
             self._begun.pop(job_id, None)  # its end tells that it ran
-            self._note(end)
-            brief = time.time() - start < _BRIEF
+            self._note(end, now)
+            brief = now - start < _BRIEF
 
     def _kill(self, job_id: str) -> None:
         """End a run now, whatever its coroutine makes of being cancelled; another lane takes the place of its own."""
         run = self._running.pop(job_id, None)
         if run is not None:
+            run.was_killed = True
             self._lanes.discard(run.lane)
             self._dying.add(run.lane)
             run.lane.add_done_callback(self._dying.discard)
             run.lane.cancel()
-            run.channel.close()
+            run.close()
             error = ErrorInfo("Cancelled", "its coroutine was cancelled")
             self._note(Failed(job_id, JobCause.LOST, error, abandoned=True))
             task = run.task
@@ -290,9 +299,10 @@ class AsyncBackend(Backend):
                 for event in events:
                     self._loop.call_soon_threadsafe(self._note, event)
 
-    def _note(self, event: Event) -> None:
+    def _note(self, event: Event, now: float | None = None) -> None:
         """Tell of it with the others of this turn of the loop, and soon in any case."""
-        now = time.monotonic()
+        if now is None:
+            now = time.time()
         if not self._events:
             self._events_since = now
             if not self._flush_due:
@@ -311,3 +321,12 @@ class AsyncBackend(Backend):
         if self._events:
             events, self._events = self._events, []
             self._emit(events)
+
+
+def _failure(job_id: str, exc: BaseException, measured: Measured, worker: WorkerIdentity) -> Failed | Lost:
+    """The event of a run that raised."""
+    if isinstance(exc, RunLostError):
+        return Lost(job_id, str(exc))
+    if isinstance(exc, RunFailedError):
+        return Failed(job_id, exc.cause, exc.error, measured, worker)
+    return failed(job_id, exc, measured, worker)

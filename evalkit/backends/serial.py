@@ -79,9 +79,9 @@ class _Coroutines(AsyncBackend):
         if self._worker_init is not None:
             self._state = self._worker_init()
 
-    async def execute(self, job: RunningJob) -> Any:
+    def execute(self, job: RunningJob) -> Any:
         job.worker_state = self._state
-        return await self.run_function(job)
+        return self.run_function(job)
 
 
 class _Inline(Backend):
