@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -25,7 +26,7 @@ from evalkit.engine.arguments import (
     is_int,
     make_backend,
     open_storage,
-    parameters_of,
+    parameters_of_all,
 )
 from evalkit.engine.budget import Budget
 from evalkit.engine.clock import Clock
@@ -226,8 +227,7 @@ class Evaluator:
         if type(args_list) is not list and not isinstance(entries_of(args_list), Sequence):
             clock = None if self._backend.runs_in_caller else self._slow_timers
             return Drawer(self._check_room, self._submit_all, clock).draw(args_list)
-        copies = [parameters_of(args, index) for index, args in enumerate(args_list)]
-        return self._submit_all(copies)
+        return self._submit_all(parameters_of_all(list(args_list)))
 
     def _check_room(self, n: int) -> None:
         self._budget.check_room(n, self._submitted)
@@ -248,11 +248,9 @@ class Evaluator:
     def _admit(self, copies: list[dict[str, Any]], *, begun: bool) -> list[Job]:
         """Create the jobs of these parameters and start what can start."""
         ids = self._storage.create_jobs(self._search_id, copies, owner=self._owner)
-        now, numbers, scheduler = self._scheduler.clock(), self._numbers, self._scheduler
-        jobs = [
-            Job(job_id, args, number=next(numbers), created=now, owner=scheduler)
-            for job_id, args in zip(ids, copies, strict=True)
-        ]
+        scheduler = self._scheduler
+        # The ids come first, so that no number is drawn in vain.
+        jobs = list(map(Job, ids, copies, self._numbers, repeat(scheduler.clock()), repeat(scheduler)))
         try:
             scheduler.admit(jobs, begun=begun)
         except SearchStoppedError as exc:

@@ -47,7 +47,7 @@ __all__ = [
     "objective_of",
 ]
 
-_QUEUED, _RUNNING = JobState.QUEUED, JobState.RUNNING
+_QUEUED, _RUNNING, _DONE = JobState.QUEUED, JobState.RUNNING, JobState.DONE
 _registering = threading.Lock()  # of all jobs: whoever waits for an end by callback is rare
 
 
@@ -139,7 +139,7 @@ class Job:
     )
 
     def __init__(
-        self, id: str, args: dict[str, Any], *, number: int = 0, created: float = 0.0, owner: JobOwner | None = None
+        self, id: str, args: dict[str, Any], number: int = 0, created: float = 0.0, owner: JobOwner | None = None
     ) -> None:
         self.id = id
         self.args = args
@@ -453,10 +453,13 @@ class Job:
         Raises:
             IllegalTransitionError: that state cannot follow the present one; the job is as it was.
         """
-        measured = None if run is None else run.measured
-        if run is not None and self._state is _QUEUED and (measured is not None or state is JobState.DONE):
-            self._state = _RUNNING  # over so soon that nobody told of its start
-        self._check_transition(state)
+        present, measured = self._state, None
+        if run is not None:
+            measured = run.measured
+            if present is _QUEUED and (measured is not None or state is _DONE):
+                present = _RUNNING  # over so soon that nobody told of its start
+        if state not in LEGAL_TRANSITIONS[present]:
+            self._check_transition(state)
         # What belongs to the end is in place before the state says that it has come: readers take no lock.
         self.output = output
         self.error = error

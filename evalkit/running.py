@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
-__all__ = ["SCALARS", "Channel", "RunningJob", "are_plain", "call_with_kwargs", "is_coroutine_function", "own_copies", "own_copy"]
+__all__ = [
+    "SCALARS",
+    "Channel",
+    "RunningJob",
+    "are_plain",
+    "call_with_kwargs",
+    "is_coroutine_function",
+    "own_copies",
+    "own_copy",
+]
 
 #: The types of plain values, which nobody can change and every way of travelling takes as they are.
 SCALARS = frozenset({bool, float, int, str, type(None)})

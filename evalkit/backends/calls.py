@@ -9,7 +9,8 @@ from typing import Any
 from evalkit.backends.asynchronous import RunFailedError
 from evalkit.backends.base import RunFunction
 from evalkit.backends.events import Done, Failed, Progress, Recorded
-from evalkit.backends.execution import failed, identity, run, visible
+from evalkit.backends.execution import failed, identity, visible
+from evalkit.backends.meter import Meter
 from evalkit.backends.serialization import dumps, explain, loads
 from evalkit.errors import SerializationError
 from evalkit.job import JobCause
@@ -49,7 +50,7 @@ def run_call(call: bytes, channel: Channel | None = None) -> bytes:
         end: Done | Failed = failed(job_id, exc, None, worker)
     else:
         with visible(resources):
-            end = run(_plain(function), job, worker)
+            end = Meter().run(_plain(function), job, worker)
     try:
         return dumps((collector.said, end), "output", in_band=True)[0]
     except SerializationError as exc:

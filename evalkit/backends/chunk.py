@@ -28,7 +28,8 @@ from typing import Any
 from evalkit.backends.base import RunFunction
 from evalkit.backends.chunk_wire import PLAIN, Entry, Kind, Message, Outcome, Packed, Saying, pack
 from evalkit.backends.events import Done, Failed, WorkerIdentity
-from evalkit.backends.execution import describe, failed, identity, run, visible
+from evalkit.backends.execution import describe, failed, identity, take_all, visible
+from evalkit.backends.meter import Meter
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.backends.side_channel import SideChannelClient
 from evalkit.errors import SerializationError
@@ -192,6 +193,7 @@ class _WorkerThread:
         self._is_async = is_coroutine_function(function)
         self._runner: asyncio.Runner | None = None
         self._unfit = unfit
+        self._meter = Meter()
         self._state: Any = None
         if worker_init is not None and unfit is None:
             try:
@@ -211,7 +213,7 @@ class _WorkerThread:
                 exc.add_note("The arguments of the job could not be rebuilt in the worker.")
                 return failed(job_id, exc, None, self.worker)
         job = RunningJob(args, job_id, attempt, channel, self._state, resources)
-        return run(self._call, job, self.worker)
+        return self._meter.run(self._call, job, self.worker)
 
     def rest(self) -> None:
         """No job runs for now: a loop is not kept, since nobody may be there to close it later."""
@@ -373,9 +375,9 @@ class _ChunkRun:
             with self._sending:
                 if self._closed:
                     return False
-                behind = _take_all(self._waiting)
+                behind = take_all(self._waiting)
                 back: list[Saying] = [(Kind.RETURNED, entry[0]) for entry in behind]
-                if not self._send([*_take_all(self._ended), *self._start_of(index), *back]):
+                if not self._send([*take_all(self._ended), *self._start_of(index), *back]):
                     self._waiting.extend(behind)  # they run here after all
             return True
         if self._progress is None:
@@ -389,7 +391,7 @@ class _ChunkRun:
         """Send what has ended."""
         with self._sending:
             if self._ended and not self._closed:
-                self._send(_take_all(self._ended))
+                self._send(take_all(self._ended))
                 self._held_bytes = 0
 
     def _start_of(self, index: int) -> list[Saying]:
@@ -429,16 +431,6 @@ class _ChunkRun:
                 return True
         self._ended.extend(saying for saying in sayings if saying[0] != Kind.RETURNED)
         return False
-
-
-def _take_all(entries: deque[Any]) -> list[Any]:
-    taken = []
-    while entries:
-        try:
-            taken.append(entries.popleft())
-        except IndexError:  # the other thread got the last
-            break
-    return taken
 
 
 class _Ticker:

@@ -1,39 +1,33 @@
-"""Running one job here, in this thread or on this loop: measure it, and describe what it raised."""
+"""What the ways of running a job have in common: its channel, its environment, the description of what it raised."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import socket
-import sys
-import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from evalkit.backends.base import Emit, RunFunction
-from evalkit.backends.events import Done, Failed, Measured, Progress, Recorded, WorkerIdentity
+from evalkit.backends.base import Emit
+from evalkit.backends.events import Failed, Measured, Progress, Recorded, WorkerIdentity
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import RunningJob
 
 __all__ = [
     "LocalChannel",
-    "PeakMemory",
     "check_worker_init",
     "describe",
     "environment",
     "failed",
     "identity",
     "recorded",
-    "run",
+    "take_all",
     "visible",
 ]
 
 _VARIABLES = {"gpu": "CUDA_VISIBLE_DEVICES"}  # kind of resource -> what libraries read
-_SHORT = 0.001  # seconds; the peak memory is not asked for after jobs that take less
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -77,53 +71,6 @@ def recorded(job_id: str, rebuild: Callable[[], dict[str, Any]]) -> Recorded:
         return Recorded(job_id, rebuild())
     except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything; a record does not fail the job
         return Recorded(job_id, {"evalkit_error": f"these values could not be rebuilt: {type(exc).__name__}: {exc}"})
-
-
-def run(function: RunFunction, job: RunningJob, worker: WorkerIdentity) -> Done | Failed:
-    """Call the run function in this thread and measure it. Whatever it raises is an event, SystemExit included."""
-    start, cpu = time.time(), time.thread_time()
-    try:
-        output = function(job)
-    except BaseException as exc:  # noqa: BLE001 - a failed job is a result
-        return failed(job.id, exc, _measured(start, cpu), worker)
-    return Done(job.id, output, _measured(start, cpu), worker)
-
-
-class PeakMemory:
-    """The peak resident memory of this process, as it was last asked for: asking takes longer than a short job, which
-    hardly moves it.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = 0
-        self._inherited = 0  # what the process had at its peak before it became this program: the memory of its parent
-
-    def after(self, seconds: float) -> int:
-        """The peak, in bytes, after a job that took so long."""
-        if seconds >= _SHORT or not self._bytes:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-            if not self._bytes:
-                self._inherited = peak if _peak_of_program() < peak else 0
-            self._bytes = peak if peak > self._inherited else _peak_of_program() or peak
-        return self._bytes
-
-
-def _peak_of_program() -> int:
-    """The same as Linux has it for the program alone, which takes ten times as long; 0 where there is no such thing."""
-    try:
-        with open("/proc/self/status", "rb") as status:
-            return next((int(line.split()[1]) * 1024 for line in status if line.startswith(b"VmHWM:")), 0)
-    except OSError:
-        return 0
-
-
-_peak = PeakMemory()
-
-
-def _measured(start: float, cpu: float) -> Measured:
-    cpu = time.thread_time() - cpu
-    end = time.time()
-    return (start, end, cpu, _peak.after(end - start))
 
 
 def check_worker_init(worker_init: Any) -> None:
@@ -184,3 +131,14 @@ class LocalChannel:
         """The run has ended, or was given up: it is to stop, and nothing that it says is passed on."""
         self._open = False
         self._asked = True
+
+
+def take_all(entries: deque[Any]) -> list[Any]:
+    """Take what is in a deque from which another thread may take as well: each entry goes to one of the two."""
+    taken = []
+    while entries:
+        try:
+            taken.append(entries.popleft())
+        except IndexError:  # the other thread got the last
+            break
+    return taken

@@ -11,14 +11,16 @@ from typing import Any
 
 from evalkit.backends.asynchronous import AsyncBackend
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
-from evalkit.backends.events import Cancelled, Event, Started
-from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, run, visible
+from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
+from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, take_all, visible
+from evalkit.backends.meter import Meter
 from evalkit.interrupts import SIGINT, get_handler, set_handler
-from evalkit.running import RunningJob, is_coroutine_function, own_copy
+from evalkit.running import RunningJob, is_coroutine_function, own_copies
 
 __all__ = ["SerialBackend"]
 
 _HOLD = 0.002  # seconds after which a step comes back to see what is wanted
+_BRIEF = 0.0005  # seconds; where jobs take less, their ends are told together
 
 
 class SerialBackend(Backend):
@@ -94,11 +96,14 @@ class _Inline(Backend):
         self._worker_init = worker_init
         self._state: Any = None
         self._unfit: BaseException | None = None
-        # Whoever pops a task has it.
-        self._waiting: dict[str, Task] = {}
+        # What waits, with its arguments, and in which order. Whoever pops a task has it.
+        self._waiting: dict[str, tuple[Task, dict[str, Any]]] = {}
         self._order: deque[str] = deque()
         self._channels: dict[str, LocalChannel] = {}  # of what runs; more than one where a job gathers others
         self._busy = threading.RLock()
+        self._events: deque[Event] = deque()  # to be told soon
+        self._brief = False  # whether the last job was, so that the start of the next need not be told beforehand
+        self._meter = Meter()
 
     @property
     def capacity(self) -> int:
@@ -115,9 +120,10 @@ class _Inline(Backend):
                 self._unfit = exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        for task in tasks:
-            self._waiting[task.id] = task
-            self._order.append(task.id)
+        ids = [task.id for task in tasks]
+        copies = own_copies([task.args for task in tasks])
+        self._waiting.update(zip(ids, zip(tasks, copies, strict=True), strict=True))
+        self._order.extend(ids)
 
     def cancel(self, job_id: str, kill: bool) -> None:
         if self._waiting.pop(job_id, None) is not None:
@@ -130,61 +136,74 @@ class _Inline(Backend):
     def step(self, limit: int, timeout: float | None) -> bool:
         if not self._order:
             return False
-        if not self._busy.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
-            return True  # another thread runs what there is
+        if not self._busy.acquire(timeout=_HOLD if timeout is None else min(timeout, _HOLD)):
+            # Another thread runs what there is. What it keeps for later may be what this one waits for.
+            self._tell()
+            return True
         try:
             return self._run_some(limit)
         finally:
             self._busy.release()
 
+    def _tell(self) -> None:
+        events = take_all(self._events)
+        if events:
+            self._emit(events)
+
     def _run_some(self, limit: int) -> bool:
-        events: list[Event] = []
-        since = time.monotonic()
+        order, waiting, channels, events = self._order, self._waiting, self._channels, self._events
+        meter, worker = self._meter, self._worker
+        self._tell()  # a job that gathers others is not brief
+        since = now = time.time()
         ran = 0
         with _Interrupts() as interrupts:
-            while ran < limit and self._order:
-                job_id = self._order.popleft()
+            while ran < limit and order:
+                job_id = order.popleft()
                 # Before it is taken, so that a cancel finds it in one place or the other.
-                self._channels[job_id] = channel = LocalChannel(self._emit)
-                task = self._waiting.pop(job_id, None)
-                if task is None:
-                    del self._channels[job_id]
+                channels[job_id] = channel = LocalChannel(self._emit)
+                entry = waiting.pop(job_id, None)
+                if entry is None:
+                    del channels[job_id]
                     continue  # it was cancelled
+                task, args = entry
                 ran += 1
-                events.append(Started(task.id, time.time(), self._worker))
-                self._emit(events)
-                end: Event | None = None
+                if not self._brief:  # it may take a while, as the last one did
+                    events.append(Started(job_id, time.time(), self._worker))
+                    self._tell()
+                end: Done | Failed | None = None
                 if not interrupts.seen:
                     try:
                         interrupts.in_job = True
-                        end = self._run(task, channel)
+                        if self._unfit is None:
+                            job = RunningJob(args, job_id, task.attempt, channel, self._state, task.resources)
+                            end = meter.run(self._call if task.resources else self._function, job, worker)
+                        else:
+                            end = failed(job_id, self._unfit, None, worker)
                         interrupts.in_job = False
                     except KeyboardInterrupt:  # it came just before the job, or just after it
                         pass
                 interrupts.in_job = False
-                del self._channels[job_id]
+                del channels[job_id]
                 channel.close()
                 if end is None or interrupts.broke_in:
-                    self._emit([Cancelled(task.id)])
+                    events.append(Cancelled(job_id))
+                    self._tell()
                     raise KeyboardInterrupt
-                events = [end]
-                if interrupts.seen or time.monotonic() - since > _HOLD:
+                events.append(end)
+                if end.measured is not None:
+                    now = end.measured[1] or now
+                    self._brief = now - end.measured[0] < _BRIEF
+                if interrupts.seen or not 0.0 <= now - since < _HOLD:
                     break
-            if events:
-                self._emit(events)
+            self._tell()
         if interrupts.seen:
             raise KeyboardInterrupt
         return ran > 0
 
-    def _run(self, task: Task, channel: LocalChannel) -> Event:
-        if self._unfit is not None:
-            return failed(task.id, self._unfit, None, self._worker)
-        resources = task.resources
-        job = RunningJob(own_copy(task.args), task.id, task.attempt, channel, self._state, resources)
-        if not resources:
-            return run(self._function, job, self._worker)
-        with visible(resources):
-            return run(self._function, job, self._worker)
+    def _call(self, job: RunningJob) -> Any:
+        """The run function, for jobs that have resources."""
+        with visible(job.resources):
+            return self._function(job)
 
     def stop(self, grace: float) -> None:
         self._waiting.clear()

@@ -116,7 +116,8 @@ class AllWaiter(Waiter):
         return self._missing <= 0
 
     def choose(self, finished: dict[str, Job]) -> list[Job]:
-        return sorted((job for job in finished.values() if job.number <= self._last), key=_by_number)
+        last = self._last
+        return sorted([job for job in finished.values() if job.number <= last], key=_by_number)
 
 
 class JobWaiter(Waiter):

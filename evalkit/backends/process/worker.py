@@ -21,7 +21,9 @@ from collections import deque
 from typing import Any
 
 from evalkit.backends.base import RunFunction
-from evalkit.backends.execution import PeakMemory, describe, environment
+from evalkit.backends.events import Done, Failed
+from evalkit.backends.execution import describe, environment
+from evalkit.backends.meter import Meter
 from evalkit.backends.process.capture import Capture, flush_all
 from evalkit.backends.process.outbox import Outbox
 from evalkit.backends.process.wire import NUMBERS, Frame, FrameReader, Kind, frame, small_frame
@@ -113,7 +115,8 @@ class _Worker:
         self._stop: set[str] = set()
         self._channel = _Channel(self)
         self._runner: asyncio.Runner | None = None
-        self._peak = PeakMemory()
+        self._args: Any = None  # of the job that is about to start
+        self._meter = Meter(time.process_time)
         self._is_fork = False  # of the worker, made by the user's function: the socket is not its own
         os.register_at_fork(after_in_child=self._note_fork)
         self._state: Any = None
@@ -276,24 +279,14 @@ class _Worker:
         self._channel.begin(job_id)
         if self._resources is not None:
             os.environ.update(environment(self._resources))  # each time: jobs may have changed it
-        start, cpu = time.time(), time.process_time()
-        try:
-            try:
-                parameters = _rebuilt(args)
-            except BaseException as exc:
-                exc.add_note("The arguments of the job could not be rebuilt in the worker.")
-                raise
-            job = RunningJob(parameters, job_id, attempt, self._channel, self._state, self._resources)
-            output = self._call(job)
-            if self._is_fork:
-                os._exit(0)
-            kind, value = Kind.DONE, output
-        except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit too
-            if self._is_fork:
-                os._exit(1)
-            kind, value = Kind.FAILED, describe(exc)
-        end = time.time()
-        measured = (start, end, time.process_time() - cpu, self._peak.after(end - start))
+        self._args = args
+        job = RunningJob({}, job_id, attempt, self._channel, self._state, self._resources)
+        end = self._meter.run(self._call, job, None)
+        if self._is_fork:
+            os._exit(0 if type(end) is Done else 1)
+        value: Any
+        kind, value = (Kind.FAILED, end.error) if isinstance(end, Failed) else (Kind.DONE, end.output)
+        measured = end.measured
         self._channel.end()
         self._stop.discard(job_id)
         buffers: list[memoryview] = []
@@ -312,6 +305,12 @@ class _Worker:
         self._send_result(kind, data, buffers)
 
     def _call(self, job: RunningJob) -> Any:
+        args, self._args = self._args, None
+        try:
+            job.parameters = _rebuilt(args)
+        except BaseException as exc:
+            exc.add_note("The arguments of the job could not be rebuilt in the worker.")
+            raise
         if not self._is_async:
             return self._function(job)
         if self._runner is None:
