@@ -176,6 +176,7 @@ class ExecutorBackend(Backend):
             if self._channel is not None:
                 self._channel.start(self._receive)
             self._executor = self.make_executor()
+            before_executors_wait(self._stop_at_exit)
         except BaseException as exc:
             self._release()
             if isinstance(exc, BackendError) or not isinstance(exc, Exception):

@@ -48,8 +48,9 @@ class Mender:
 def before_executors_wait(stop: Callable[[], None]) -> None:
     """Call a method when the program ends, before the executors that are in use by now wait for what runs in them.
 
-    They wait in a function that they register with ``threading`` at their first submit, and of these the last that was
-    registered is called first: earlier than anything that ``atexit`` calls. The object of the method is not kept alive.
+    They wait in a function that they register with ``threading`` when they are made, or at their first submit, and of
+    these the last that was registered is called first: earlier than anything that ``atexit`` calls. The object of the
+    method is not kept alive.
     """
     reference = weakref.WeakMethod(stop)
 

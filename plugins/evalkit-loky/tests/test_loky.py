@@ -63,6 +63,15 @@ def start_a_child(job: Any) -> None:
     time.sleep(600)
 
 
+def fork_and_die(job: Any) -> None:
+    child = os.fork()
+    if child:
+        Path(job["child"] + ".new").write_text(str(child))
+        Path(job["child"] + ".new").rename(job["child"])
+        os._exit(3)
+    time.sleep(600)
+
+
 # -- deaths and kills -------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +170,34 @@ def run_program(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
         timeout=2 * BOUND,
         check=False,
     )
+
+
+@pytest.mark.parametrize("submit", ["evaluator.submit([{}])", "pass"])
+def test_a_program_ends_with_an_evaluator_that_is_open(tmp_path: Path, submit: str) -> None:
+    program = """
+        from evalkit import Evaluator
+        evaluator = Evaluator.create(lambda job: None, "loky", {"num_workers": 2})
+    """
+    done = run_program(tmp_path, program + f"    {submit}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_worker_that_forks_may_die_like_any_other(make: Make, files: Files) -> None:
+    """Its child holds the connection open."""
+    evaluator = make(fork_and_die, num_workers=1)
+    (job,) = evaluator.submit([{"child": files["child"]}])
+    try:
+        in_background(evaluator.gather, "ALL").result(BOUND)
+    finally:
+        os.kill(int(files.wait("child")), 9)
+    assert (job.cause, job.error and job.error.exit_code) == (JobCause.CRASH, 3)
+
+
+def test_a_large_argument_and_output_pass(make: Make) -> None:
+    evaluator = make(lambda job: job["x"] + b"!", num_workers=2)
+    large = bytes(20 * 2**20)
+    evaluator.submit([{"x": large}] * 3)
+    assert [job.output == large + b"!" for job in in_background(evaluator.gather, "ALL").result(BOUND)] == [True] * 3
 
 
 @pytest.mark.parametrize("end", ["evaluator.close()", "pass"])

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
+import pickle
+import socket
 import threading
-import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
+from multiprocessing import Pipe
 from typing import Any
 
 import psutil
-from loky.process_executor import ProcessPoolExecutor
+from loky.process_executor import ProcessPoolExecutor, ShutdownExecutorError
 
 from evalkit.backends import Program
+from evalkit_loky.deaths import Watch, death_of, exit_of
+from evalkit_loky.serving import descendants, get_ready, serve
 
 __all__ = ["LokyWorkers"]
 
-_PARENT_INTERVAL = 0.5  # seconds between looks at whether the main process is there
+_LAST_WORDS = 10.0  # seconds in which loky notices that a worker has gone
 
 
 class LokyWorkers(Executor):
@@ -27,6 +31,9 @@ class LokyWorkers(Executor):
     loky ends all workers of a pool when one dies, and cannot end a single one. So each has a pool of its own: a death,
     and a kill, costs the call that was in it and no other. A pool that has lost its worker is replaced at the next
     call.
+
+    loky starts the processes, and tells how they end. Calls go to them through a connection of our own: through a pool
+    they would pass three threads of this process, which takes twice as long.
 
     Args:
         num_workers: how many; more calls than that wait behind others.
@@ -42,6 +49,9 @@ class LokyWorkers(Executor):
             self._workers[index] = _Worker(program)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if fn is not self._program or kwargs:
+            raise TypeError("these workers run one program, which takes a chunk")
+        (chunk,) = args
         with self._lock:
             if self._shut:
                 raise RuntimeError("cannot submit after shutdown")
@@ -49,9 +59,9 @@ class LokyWorkers(Executor):
             worker = self._workers[index]
             if worker is None or not worker.usable():
                 if worker is not None:
-                    worker.pool.shutdown(wait=False)
+                    worker.close()
                 worker = self._workers[index] = _Worker(self._program)
-            return worker.submit(self._program.resident if fn is self._program else fn, *args, **kwargs)
+            return worker.submit(chunk)
 
     def _calls_of(self, index: int) -> int:
         worker = self._workers[index]
@@ -84,86 +94,129 @@ class LokyWorkers(Executor):
             self._workers = [None] * len(self._workers)
         processes = [process for worker in workers if (process := worker.process()) is not None]
         # What their jobs have left running, which nobody will find any more once the workers are gone.
-        started = [child for process in processes for child in _descendants(process)] if kill else []
+        started = [child for process in processes for child in descendants(process)] if kill else []
         for worker in workers:
             if kill and worker.calls:
                 worker.kill()
             else:
-                worker.pool.shutdown(wait=False)
+                worker.close()
         _, alive = psutil.wait_procs(processes, max(0.0, patience))
         for process in [*alive, *started] if kill else ():
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
 
-def _get_ready(program: Program, parent: int) -> None:
-    """In a worker, before its first call."""
-    threading.Thread(target=_end_with, args=(parent,), name="evalkit-parent", daemon=True).start()
-    # Ctrl-C in a terminal goes to all; what it means for the jobs is for the main process to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    program.install()
-
-
-def _end_with(parent: int) -> None:
-    """End this worker, and what its job has started, once the main process has gone; loky would wait for ever."""
-    while os.getppid() == parent:
-        time.sleep(_PARENT_INTERVAL)
-    for child in _descendants(psutil.Process()):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    os._exit(1)
-
-
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
+def _rebuilt(pickled: bytes) -> Exception:
     try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
+        exc: Exception = pickle.loads(pickled)
+    except Exception as failure:  # noqa: BLE001 - an exception may want more arguments than it was pickled with
+        return RuntimeError(f"what became of a call cannot be read: {type(failure).__name__}: {failure}")
+    return exc
 
 
 class _Worker:
-    """A pool of one."""
+    """A pool of one, and the connection to its process."""
 
     def __init__(self, program: Program) -> None:
-        self.pool = ProcessPoolExecutor(1, initializer=_get_ready, initargs=(program, os.getpid()))
-        #: The calls that are in it.
-        self.calls: set[Future[Any]] = set()
+        #: The calls that are in it, in order.
+        self.calls: deque[Future[Any]] = deque()
+        self._pid: int | None = None  # until it says
         self._broken = False
-        # It starts now, and says which process it is.
-        self._hello = self.pool.submit(os.getpid)
+        self._end: BaseException | None = None  # why there are no more answers
+        self._sending = threading.Lock()
+        self._closing = threading.Lock()  # not the same: who sends may wait for a worker that has gone
+        self._connection, theirs = Pipe()
+        self._pool = ProcessPoolExecutor(1, initializer=get_ready, initargs=(program, os.getpid(), theirs))
+        self._serving = self._pool.submit(serve, program.resident)  # and so it starts
+        theirs.close()
+        self._serving.add_done_callback(self._hang_up)
+        threading.Thread(target=self._read, name="evalkit-loky", daemon=True).start()
 
-    def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = self.pool.submit(fn, *args, **kwargs)
-        self.calls.add(future)
-        future.add_done_callback(self._ended)
+    def submit(self, chunk: bytes) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        with self._sending:
+            if self._end is None:
+                self.calls.append(future)
+                # A worker that has gone, or goes now, ends the call in the thread that reads.
+                with contextlib.suppress(OSError):
+                    self._connection.send_bytes(chunk)
+                return future
+        future.set_exception(self._end)
         return future
 
-    def _ended(self, future: Future[Any]) -> None:
-        self.calls.discard(future)
-        if not future.cancelled() and future.exception() is not None:
+    def _read(self) -> None:
+        """Take what the worker answers; at its end, end the calls that it has not answered."""
+        try:
+            self._pid = int(self._connection.recv_bytes())
+            with contextlib.closing(Watch(self._connection, self._pid)) as watch:
+                while True:
+                    if watch.has_died():
+                        self._hang_up(self._serving)
+                    self._read_answer()
+        except (EOFError, OSError):
             self._broken = True
+        exc = None if self._pid is None else death_of(self._pid)
+        exc = self._reason() if exc is None else exc
+        self._pool.shutdown(wait=False, kill_workers=True)
+        self._hang_up(self._serving)  # whoever sends stops waiting
+        with self._sending:
+            self._end = exc
+        for future in self.calls:
+            future.set_exception(exc)
+        self.calls.clear()
+        with self._closing:
+            self._connection.close()
+
+    def _read_answer(self) -> None:
+        answer = self._connection.recv_bytes()
+        failure = None if answer else self._connection.recv_bytes()
+        future = self.calls.popleft()  # it has room for another by the time at which anybody hears of this one
+        if failure is None:
+            future.set_result(answer)
+        else:
+            future.set_exception(_rebuilt(failure))
+
+    def _reason(self) -> BaseException:
+        """Why the worker does not answer any more, as loky says it."""
+        exc: BaseException | None = None
+        with contextlib.suppress(CancelledError, TimeoutError):
+            exc = self._serving.exception(_LAST_WORDS)
+        return exc or ShutdownExecutorError("the worker was ended")
+
+    def _hang_up(self, _: Future[Any]) -> None:
+        """It has ended; what it has said is still to be read, though a fork of it may hold its end open."""
+        with (
+            self._closing,
+            contextlib.suppress(OSError),  # it is closed
+            socket.socket(fileno=os.dup(self._connection.fileno())) as sock,
+        ):
+            sock.shutdown(socket.SHUT_RDWR)
 
     def usable(self) -> bool:
         """Whether its process lives: one that has died is noticed here before loky does, and costs no call."""
-        if self._broken or (self._hello.done() and self._hello.exception() is not None):
+        if self._broken or self._serving.done():
             return False
-        if not self._hello.done():
+        if self._pid is None:
             return True
         try:
-            exited = os.waitid(os.P_PID, self._hello.result(), os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return exit_of(self._pid) is None
         except ChildProcessError:  # loky has noticed
             return False
-        return exited is None
+
+    def close(self) -> None:
+        """Let it end by itself, when it has nothing more to do."""
+        self._broken = True
+        self._hang_up(self._serving)
+        self._pool.shutdown(wait=False)
 
     def kill(self) -> None:
         self._broken = True
-        self.pool.shutdown(wait=False, kill_workers=True)
+        self._pool.shutdown(wait=False, kill_workers=True)
 
     def process(self) -> psutil.Process | None:
         """Its process; None if it has ended, or is only about to start."""
-        if not self._hello.done() or self._hello.cancelled() or self._hello.exception() is not None:
-            return None
         try:
-            return psutil.Process(self._hello.result())
+            return None if self._pid is None or self._serving.done() else psutil.Process(self._pid)
         except psutil.Error:
             return None

@@ -1,0 +1,80 @@
+"""What runs in a worker process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from evalkit.backends import Program
+
+__all__ = ["descendants", "get_ready", "serve"]
+
+_PARENT_INTERVAL = 0.5  # seconds between looks at whether the main process is there
+
+
+def get_ready(program: Program, parent: int, connection: Connection) -> None:
+    """In a worker, before its one call."""
+    global _connection
+    _connection = connection
+    threading.Thread(target=_end_with, args=(parent,), name="evalkit-parent", daemon=True).start()
+    # Ctrl-C in a terminal goes to all; what it means for the jobs is for the main process to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    program.install()
+
+
+_connection: Connection | None = None  # of this process, if it is a worker
+
+
+def serve(run: Callable[[Any], bytes]) -> None:
+    """The one call of a worker: it runs the chunks that come, until the other end is closed.
+
+    An answer is the outcome; or nothing, and then the exception with which a chunk ended.
+    """
+    connection = _connection
+    if connection is None:
+        raise RuntimeError("a worker without a connection")
+    connection.send_bytes(str(os.getpid()).encode())
+    while True:
+        try:
+            chunk = connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            answer = run(chunk)
+        except Exception as exc:  # noqa: BLE001 - it belongs to the call
+            connection.send_bytes(b"")
+            answer = _pickled(exc)
+        connection.send_bytes(answer)
+
+
+def _pickled(exc: Exception) -> bytes:
+    try:
+        return pickle.dumps(exc)
+    except Exception:  # noqa: BLE001 - it holds something that does not travel
+        return pickle.dumps(RuntimeError(f"{type(exc).__name__}: {exc}"))
+
+
+def _end_with(parent: int) -> None:
+    """End this worker, and what its job has started, once the main process has gone; loky would wait for ever."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_INTERVAL)
+    for child in descendants(psutil.Process()):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(1)
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
