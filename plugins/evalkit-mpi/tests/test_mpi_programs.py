@@ -160,6 +160,39 @@ def test_a_block_left_in_good_order_by_an_exit_ends_nobody(program):
     assert (done.returncode, done.stdout) == (0, "past\n" * 2), done.stderr
 
 
+def test_what_the_function_holds_goes_to_each_worker_once(program):
+    done = program.script(
+        3,
+        HEAD
+        + """
+    class Table:
+        def __reduce__(self):
+            with open("packed", "a") as file:
+                file.write("x")
+            return unpacked, ()
+
+    def unpacked():
+        with open("unpacked", "a") as file:
+            file.write("x")
+        return Table()
+
+    table = Table()
+
+    def use(job):
+        assert type(table).__name__ == "Table"
+        return job["x"]
+
+    with Evaluator.create(use, "mpicomm", {"batching": False}) as evaluator:
+        if evaluator.is_master:
+            evaluator.submit([{"x": x} for x in range(50)])
+            assert [job.output for job in evaluator.gather("ALL")] == list(range(50))
+    """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len((program.folder / "unpacked").read_text()) == 2
+    assert len((program.folder / "packed").read_text()) == 1
+
+
 def test_an_exception_in_a_worker_says_in_which_rank_and_where(program):
     done = program.script(
         2,

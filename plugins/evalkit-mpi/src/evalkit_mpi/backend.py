@@ -110,7 +110,7 @@ class MPICommBackend(ExecutorBackend):
         return MPIChannel(self._joined, self._number)
 
     def make_executor(self) -> Executor:
-        return self._joined.seat()
+        return self._joined.seat(self._number, self.program)
 
     def shut_executor(self, executor: Executor, grace: float) -> None:
         return  # it is the session's, which ends with its last evaluator

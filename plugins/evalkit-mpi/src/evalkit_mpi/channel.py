@@ -4,6 +4,7 @@
 
     worker ──messages, tagged with the number of the evaluator──▶ thread of the session ──▶ receive
            ◀──pairs: an evaluator, and a run of its that is to stop──
+           ◀──the program of an evaluator, once, tagged with its number──
 
 Both ends use a communicator of evalkit's own, so that nothing gets between the messages of the user's program.
 """
@@ -11,6 +12,7 @@ Both ends use a communicator of evalkit's own, so that nothing gets between the 
 from __future__ import annotations
 
 import array
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -18,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
 
-from evalkit.backends import SideChannel, SideChannelClient
-from evalkit_mpi.waiting import wait_for
+from evalkit.backends import Program, SideChannel, SideChannelClient
+from evalkit_mpi.waiting import Pauses, wait_for
 
 if TYPE_CHECKING:
     from evalkit_mpi.session import Session
 
-__all__ = ["STOP_TAG", "MPIChannel", "WorkerEnd"]
+__all__ = ["STOP_TAG", "MPIChannel", "WorkerEnd", "run_chunk"]
 
-#: Of requests to stop; messages of workers have the numbers of evaluators, from 1 on.
+#: Of requests to stop; programs, and the messages of workers, have the numbers of evaluators, from 1 on.
 STOP_TAG = 0
 
 _LOOK_INTERVAL = 0.005  # seconds between two looks for requests to stop; a look costs as much as a short job
@@ -72,6 +74,7 @@ class WorkerEnd:
         self._lock = threading.Lock()
         self._closed = False
         self._stops: set[tuple[int, int]] = set()
+        self._programs: dict[int, Program] = {}
         self._next_look = 0.0
         self._sent = 0
         self._received = 0
@@ -94,16 +97,30 @@ class WorkerEnd:
                     pass
         return (number, run) in self._stops
 
+    def program(self, number: int) -> Program:
+        """The program of an evaluator, which is here or on its way."""
+        pauses = Pauses()
+        while number not in self._programs:
+            with self._lock:
+                received = self._receive()
+            if not received:
+                pauses.sleep()
+        return self._programs[number]
+
     def _receive(self) -> bool:
         """With the lock: receive a message, if there is one."""
         status = MPI.Status()
-        message = self._control.Improbe(self._root, STOP_TAG, status)
+        message = self._control.Improbe(self._root, MPI.ANY_TAG, status)
         if message is None:
             return False
-        pairs = array.array("q", bytes(status.Get_count(MPI.BYTE)))
-        message.Recv([pairs, MPI.INT64_T])
+        payload = bytearray(status.Get_count(MPI.BYTE))
+        message.Recv([payload, MPI.BYTE])
         self._received += 1
-        self._stops.update(zip(pairs[::2], pairs[1::2], strict=True))
+        if status.Get_tag() == STOP_TAG:
+            pairs = array.array("q", payload)
+            self._stops.update(zip(pairs[::2], pairs[1::2], strict=True))
+        else:
+            self._programs[status.Get_tag()] = pickle.loads(payload)
         return True
 
     def close(self) -> int:
@@ -121,6 +138,14 @@ class WorkerEnd:
         with self._lock:
             while self._received < expected:
                 self._receive()
+
+
+def run_chunk(number: int, chunk: bytes) -> Any:
+    """What every call is: on a worker, run a chunk of an evaluator."""
+    end = WorkerEnd.present
+    if end is None:
+        raise RuntimeError("this rank serves no evaluator")
+    return end.program(number)(chunk)
 
 
 class _Client(SideChannelClient):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import logging
+import pickle
 import signal
 import sys
 import threading
@@ -30,8 +31,9 @@ from typing import Any, cast
 from mpi4py import MPI
 from mpi4py.futures import MPICommExecutor
 
+from evalkit.backends import Program
 from evalkit.errors import BackendError
-from evalkit_mpi.channel import STOP_TAG, WorkerEnd
+from evalkit_mpi.channel import STOP_TAG, WorkerEnd, run_chunk
 from evalkit_mpi.waiting import Pauses, wait_for
 
 __all__ = ["Opening", "Session", "meet", "serve", "serve_evaluator"]
@@ -121,7 +123,9 @@ class Session:
         self._workers = [rank for rank in range(comm.Get_size()) if rank != root]
         self._receivers: dict[int, Callable[[Any], None]] = {}
         self._stops: deque[tuple[int, int]] = deque()
-        self._sending: list[tuple[MPI.Request, array.array[int]]] = []
+        self._programs: deque[tuple[int, bytes]] = deque()  # that the workers are to have
+        self._seated: set[int] = set()  # evaluators of which they have it
+        self._sending: list[tuple[MPI.Request, Any]] = []
         self._heard = 0  # messages of workers
         self._requests = 0  # messages to each worker
         self._over = False
@@ -144,9 +148,17 @@ class Session:
         """Whether an evaluator is in it."""
         return self._members > 0
 
-    def seat(self) -> Executor:
-        """The executor, as one evaluator sees it: shutting it down does not end it for the others."""
-        return _Seat(self._executor)
+    def seat(self, number: int, program: Program) -> Executor:
+        """The executor, as one evaluator sees it: shutting it down does not end it for the others.
+
+        Args:
+            number: of the evaluator.
+            program: what all its calls are of; it goes to each worker once.
+        """
+        if number not in self._seated:
+            self._seated.add(number)
+            self._programs.append((number, pickle.dumps(program, 5)))
+        return _Seat(self._executor, number)
 
     def listen(self, number: int, receive: Callable[[Any], None] | None) -> None:
         """Have ``receive(message)`` called, in a thread of the session, for what workers say to an evaluator."""
@@ -195,25 +207,33 @@ class Session:
             receive = self._receivers.get(status.Get_tag())
             if receive is not None:
                 receive(bytes(payload))
+        while self._programs:
+            number, program = self._programs.popleft()
+            self._send_to_all(program, MPI.BYTE, number)
         if self._stops:
             # All that is there in one message: as many messages as ranks, whatever the number of jobs.
             pairs = array.array("q")
             while self._stops:
                 pairs.extend(self._stops.popleft())
-            self._requests += 1
-            for worker in self._workers:
-                self._sending.append((self._control.Isend([pairs, MPI.INT64_T], worker, STOP_TAG), pairs))
+            self._send_to_all(pairs, MPI.INT64_T, STOP_TAG)
         if self._sending:
             self._sending = [entry for entry in self._sending if not entry[0].Test()]
         return self._heard > heard
 
+    def _send_to_all(self, content: Any, kind: MPI.Datatype, tag: int) -> None:
+        self._requests += 1
+        for worker in self._workers:
+            self._sending.append((self._control.Isend([content, kind], worker, tag), content))
+
 
 class _Seat(Executor):
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, number: int) -> None:
         self._executor = executor
+        self._number = number
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = self._executor.submit(fn, *args, **kwargs)
+        # ``fn`` is the program, which the workers have.
+        future: Future[Any] = self._executor.submit(run_chunk, self._number, *args, **kwargs)
         return future
 
 
