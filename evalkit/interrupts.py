@@ -50,6 +50,11 @@ class InterruptHeld:
             if self._heard:
                 raise KeyboardInterrupt
 
+    @property
+    def is_safe(self) -> bool:
+        """Whether no Ctrl-C can come in between: it is held, or goes to another thread."""
+        return self._holds or threading.current_thread() is not threading.main_thread()
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._heard:
             raise KeyboardInterrupt

@@ -166,6 +166,16 @@ class Backend(ABC):
         """
         return False
 
+    def lend(self, done: Callable[[], bool], timeout: float | None) -> None:
+        """A thread waits for results, and may be made use of meanwhile: to read them, say, which saves the switch to it
+        from the thread that would. Returns when ``done()`` is true, or at any time before; by default at once.
+
+        Args:
+            done: whether it has what it waits for; true soon after the events of that were emitted.
+            timeout: seconds after which it does not wait any more; None for no limit.
+        """
+        return
+
     @abstractmethod
     def stop(self, grace: float) -> None:
         """Drop what waits, ask what runs to stop, give it ``grace`` seconds, end it, and release everything.

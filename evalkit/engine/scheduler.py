@@ -239,9 +239,11 @@ class Scheduler:
     # -- waiting --------------------------------------------------------------------------------------------------
 
     def _wait(self, waiter: Waiter, timeout: float | None) -> bool:
-        if not self._backend.runs_in_caller:
-            return waiter.wait(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._backend.runs_in_caller:
+            if not waiter.done:
+                self._backend.lend(lambda: waiter.done, timeout)
+            return waiter.wait(None if deadline is None else deadline - time.monotonic())
         # With callbacks one job at a time, so that what they decide holds for the next.
         limit = 1 if self._notifier.active or not isinstance(waiter, AllWaiter) else 256
         while not waiter.done:

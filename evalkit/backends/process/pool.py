@@ -46,12 +46,14 @@ from evalkit.backends.events import (
 from evalkit.backends.execution import check_worker_init, describe, failed, recorded
 from evalkit.backends.process.capture import can_capture
 from evalkit.backends.process.crew import Crew, describe_death
+from evalkit.backends.process.lead import Lead
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.memory import parse_bytes
 from evalkit.backends.process.spawner import TERM_GRACE
 from evalkit.backends.process.wire import Frame, Kind
 from evalkit.backends.serialization import dumps, loads
 from evalkit.errors import BackendError, SerializationError
+from evalkit.interrupts import InterruptHeld
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.joblog import JobLog
 
@@ -62,6 +64,8 @@ _log = logging.getLogger("evalkit")
 _AHEAD = 0.010  # seconds of work that a worker may hold ahead
 _MAX_DEPTH = 2048  # tasks: enough for the 5 ms that the interpreter may keep the I/O thread waiting
 _MAX_AHEAD_BYTES = 16 * 2**20
+_SHORT = 0.005  # seconds; who waits for jobs that take longer is not lent to the pool
+_LEND = 0.020  # seconds, at most
 _QUIET = 0.002  # seconds; what waits longer behind a running job goes to an idle worker
 _MAX_START_FAILURES = 3  # in a row
 _DONE, _FAILED = int(Kind.DONE), int(Kind.FAILED)
@@ -120,6 +124,7 @@ class ProcessBackend(Backend):
         self._broken: ErrorInfo | None = None
         self._stopping = False
         self._finished = threading.Event()
+        self._lead = Lead()
         self._host = socket.gethostname()
 
     @property
@@ -179,6 +184,20 @@ class ProcessBackend(Backend):
                     self._crew.wake()
                     return log if link.inflight and link.inflight[0].id == job_id else None
         return None
+
+    def lend(self, done: Callable[[], bool], timeout: float | None) -> None:
+        if self._mean_duration is None or self._mean_duration > _SHORT or self._finished.is_set():
+            return
+        until = time.monotonic() + (_LEND if timeout is None else min(timeout, _LEND))
+        with InterruptHeld() as held:
+            # What an exception of another handler would tear here has to be ours alone.
+            if not held.is_safe or not self._lead.borrow(self._crew.wake):
+                return
+            try:
+                while not done() and (left := until - time.monotonic()) > 0 and not self._finished.is_set():
+                    self._try_turn(left)
+            finally:
+                self._lead.give_back()
 
     def stop(self, grace: float) -> None:
         with self._lock:
@@ -325,12 +344,17 @@ class ProcessBackend(Backend):
         if results:
             self._receive(link, results)
 
-    # -- the I/O thread -------------------------------------------------------------------------------------------
+    # -- the I/O thread, or one that is lent ---------------------------------------------------------------------------
 
     def _serve(self) -> None:
+        while not self._finished.is_set():
+            self._lead.take()
+            self._try_turn(None)
+            self._lead.release()
+
+    def _try_turn(self, timeout: float | None) -> None:
         try:
-            while not self._finished.is_set():
-                self._turn()
+            self._turn(timeout)
         except BaseException as exc:  # noqa: BLE001 - see below
             # A defect of ours. Whoever waits for these jobs must not wait for ever.
             _log.exception("the process pool failed")
@@ -342,8 +366,9 @@ class ProcessBackend(Backend):
                 self._backlog.clear()
                 self._emit([Failed(task.id, JobCause.LOST, self._broken) for task in tasks])
 
-    def _turn(self) -> None:
-        links, nursery = self._crew.wait(self._time_to_next())
+    def _turn(self, timeout: float | None) -> None:
+        due = self._time_to_next()
+        links, nursery = self._crew.wait(due if timeout is None else timeout if due is None else min(due, timeout))
         with self._lock:
             for link in links:
                 self._read(link)
