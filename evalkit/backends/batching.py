@@ -25,6 +25,7 @@ class ChunkSizer:
         self._enabled = enabled
         self._cost = _FIRST_COST
         self._per_job: float | None = None
+        self._least = 1  # jobs that take as long as the call they are in
         #: Jobs in a full chunk.
         self.size = 1
 
@@ -48,7 +49,14 @@ class ChunkSizer:
         self._per_job = per_job if mean is None or per_job > mean else mean + _WEIGHT * (per_job - mean)
         fits = int(self._cost / _SHARE / self._per_job)
         self.size = max(1, min(fits, _MAX_SIZE, _GROWTH * self.size))
+        self._least = max(1, min(int(self._cost / self._per_job), self.size))
 
     def share(self, waiting: int, workers: int) -> int:
-        """How many of the jobs that wait go into the next call: the last ones are spread over the workers."""
-        return max(1, min(self.size, -(-waiting // workers)))
+        """How many of the jobs that wait go into the next call.
+
+        The last are spread over the workers, unless a call would then take longer than its jobs.
+
+        Args:
+            workers: that may yet take some of them.
+        """
+        return min(waiting, self.size, max(-(-waiting // max(1, workers)), self._least))

@@ -280,10 +280,12 @@ class ExecutorBackend(Backend):
 
     def _send(self) -> None:
         """Fill the workers that are free."""
+        served = 0
         while self._waiting or self._alone or self._suspects:
             events: list[Event] = []
             with self._lock:
-                tasks = self._take_next()
+                tasks = self._take_next(served)
+                served += 1
                 if not tasks:
                     return
                 call = self._submit(tasks, events)
@@ -292,8 +294,8 @@ class ExecutorBackend(Backend):
             if call is not None and call.future is not None:
                 call.future.add_done_callback(partial(self._ended, call))
 
-    def _take_next(self) -> list[Task]:
-        """With the lock: the jobs that go out in the next call, if one may go out."""
+    def _take_next(self, served: int) -> list[Task]:
+        """With the lock: the jobs that go out in the next call, if one may go out; so many went out just before."""
         if self._stopping or self._fallen or self._untold or self._trial or self._busy >= self.num_workers:
             return []
         if self._suspects:
@@ -305,7 +307,7 @@ class ExecutorBackend(Backend):
             return [self._alone.popleft()]
         if not self._waiting:
             return []
-        count = min(len(self._waiting), self._sizer.share(len(self._waiting), self.num_workers))
+        count = self._sizer.share(len(self._waiting), self.num_workers - served)
         return [self._waiting.popleft() for _ in range(count)]
 
     def _submit(self, tasks: list[Task], events: list[Event]) -> Call | None:
