@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 try:  # the same without conversion to enums, which takes ten times as long as all the rest
     from _signal import getsignal as get_handler  # type: ignore[import-not-found]
@@ -22,42 +22,38 @@ SIGINT = int(signal.SIGINT)
 
 
 class InterruptHeld:
-    """In this block, the ``KeyboardInterrupt`` of a Ctrl-C waits until the end; that of a second one does not.
-
-    Where something else than Python's own handler hears Ctrl-C, that goes on as it does.
+    """In this block, what Ctrl-C does in Python waits until the end; a second one is heard at once.
 
     Args:
-        hurry: called in another thread when Ctrl-C comes, so that the end comes soon.
+        hurry: called in another thread when Ctrl-C comes, so that the end comes soon. Given where that may take long:
+            then only Python's own handler waits, and one that the user has set goes on as it does.
     """
 
-    __slots__ = ("_heard", "_holds", "_hurry")
+    __slots__ = ("_before", "_heard", "_hurry")
 
     def __init__(self, hurry: Callable[[], None] | None = None) -> None:
         self._hurry = hurry
         self._heard = False
-        self._holds = False
+        self._before: Any = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._holds = get_handler(SIGINT) is signal.default_int_handler
-            if self._holds:
+            before = get_handler(SIGINT)
+            if before is signal.default_int_handler or (callable(before) and self._hurry is None):
+                self._before = before
                 set_handler(SIGINT, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._holds:
-            set_handler(SIGINT, signal.default_int_handler)
+        if self._before is not None:
+            set_handler(SIGINT, self._before)
             if self._heard:
-                raise KeyboardInterrupt
-
-    @property
-    def is_safe(self) -> bool:
-        """Whether no Ctrl-C can come in between: it is held, or goes to another thread."""
-        return self._holds or threading.current_thread() is not threading.main_thread()
+                self._before(SIGINT, None)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._heard:
-            raise KeyboardInterrupt
+            self._before(number, frame)
+            return
         self._heard = True
         if self._hurry is not None:
             # The main thread may hold any lock at this moment.

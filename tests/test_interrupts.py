@@ -160,7 +160,7 @@ def test_what_ends_a_program_leaves_no_process(tmp_path: Path, backend: str, num
 
 INTERRUPT_AT = """
 import signal, sys
-from evalkit import Evaluator
+from evalkit import Callback, Evaluator
 from evalkit.storage import MemoryStorage, SQLStorage
 
 def interrupt_at(number):
@@ -205,18 +205,32 @@ print(interrupted)
 
 
 SWEEP_OF_GATHER = """
+what = sys.argv[3]
+
 def run(job):
+    return job["x"]
+
+def talk(job):
+    job.report(0.5)
+    job.record(a=1)
+    if job["x"] == 0 and others:
+        others[-1].cancel()
     return job["x"]
 
 storage = SQLStorage("sqlite:///study.db") if sys.argv[2] == "sqlite" else MemoryStorage()
 number = interrupted = 0
 while True:
     number += 7 if sys.argv[1] == "process" else 1  # it takes a while to start
-    with Evaluator.create(run, sys.argv[1], {"storage": storage, "num_workers": 2}) as evaluator:
-        jobs = []
+    callbacks = [Callback()] if what == "callbacks" else []
+    with Evaluator.create(
+        talk if what == "talk" else run,
+        sys.argv[1],
+        {"storage": storage, "num_workers": 2, "callbacks": callbacks},
+    ) as evaluator:
+        jobs = others = []
         sys.setprofile(interrupt_at(number))
         try:
-            evaluator.submit([{"x": 0}, {"x": 1}, {"x": 2}, {"x": 3}])
+            others = evaluator.submit([{"x": 0}, {"x": 1}, {"x": 2}, {"x": 3}])
             jobs = evaluator.gather("BATCH", 2)
             jobs += evaluator.gather("ALL")
             sys.setprofile(None)
@@ -238,17 +252,21 @@ print(interrupted)
 
 
 @pytest.mark.parametrize(
-    ("sweep", "backend", "storage"),
+    ("sweep", "backend", "storage", "what"),
     [
-        *((SWEEP_OF_CLOSE, backend, "sqlite") for backend in ("serial", "thread")),
-        *((SWEEP_OF_GATHER, backend, "sqlite") for backend in ("serial", "thread")),
-        (SWEEP_OF_GATHER, "process", "memory"),
+        *((SWEEP_OF_CLOSE, backend, "sqlite", "") for backend in ("serial", "thread")),
+        *((SWEEP_OF_GATHER, backend, "sqlite", "") for backend in ("serial", "thread")),
+        *((SWEEP_OF_GATHER, backend, "memory", "callbacks") for backend in ("serial", "thread")),
+        (SWEEP_OF_GATHER, "serial", "memory", "talk"),
+        (SWEEP_OF_GATHER, "process", "memory", ""),
     ],
 )
-def test_wherever_ctrl_c_comes_nothing_is_torn(tmp_path: Path, sweep: str, backend: str, storage: str) -> None:
+def test_wherever_ctrl_c_comes_nothing_is_torn(
+    tmp_path: Path, sweep: str, backend: str, storage: str, what: str
+) -> None:
     (tmp_path / "program.py").write_text(INTERRUPT_AT + sweep)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-W", "error", "program.py", backend, storage]
+    command = [sys.executable, "-W", "error", "program.py", backend, storage, what]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, timeout=100, check=False, capture_output=True, text=True
     )

@@ -51,12 +51,12 @@ class ChunkSizer:
         self.size = max(1, min(fits, _MAX_SIZE, _GROWTH * self.size))
         self._least = max(1, min(int(self._cost / self._per_job), self.size))
 
-    def share(self, waiting: int, workers: int) -> int:
-        """How many of the jobs that wait go into the next call.
-
-        The last are spread over the workers, unless a call would then take longer than its jobs.
+    def share(self, waiting: int, workers: int, is_tail: bool) -> int:
+        """How many of the jobs that wait go into the next call: the last are spread over the workers.
 
         Args:
             workers: that may yet take some of them.
+            is_tail: whether others are at work, so that it is better to come to an end than to make calls that take
+                longer than their jobs.
         """
-        return min(waiting, self.size, max(-(-waiting // max(1, workers)), self._least))
+        return min(waiting, self.size, max(-(-waiting // max(1, workers)), self._least if is_tail else 1))

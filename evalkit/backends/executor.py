@@ -307,7 +307,7 @@ class ExecutorBackend(Backend):
             return [self._alone.popleft()]
         if not self._waiting:
             return []
-        count = self._sizer.share(len(self._waiting), self.num_workers - served)
+        count = self._sizer.share(len(self._waiting), self.num_workers - served, self._busy > served)
         return [self._waiting.popleft() for _ in range(count)]
 
     def _submit(self, tasks: list[Task], events: list[Event]) -> Call | None:

@@ -35,6 +35,10 @@ class Meter:
         self._cpu = 0.0
         self._end = 0.0  # of the last run
 
+    def pause(self) -> None:
+        """The next run may be in another thread."""
+        self._end = 0.0
+
     def run(self, function: RunFunction, job: RunningJob, worker: WorkerIdentity | None) -> Done | Failed:
         """Call the run function in this thread. Whatever it raises is an event, SystemExit included."""
         start = time.time()

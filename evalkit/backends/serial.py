@@ -14,7 +14,7 @@ from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
 from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, take_all, visible
 from evalkit.backends.meter import Meter
-from evalkit.interrupts import SIGINT, get_handler, set_handler
+from evalkit.interrupts import SIGINT, InterruptHeld, get_handler, set_handler
 from evalkit.running import RunningJob, is_coroutine_function, own_copies
 
 __all__ = ["SerialBackend"]
@@ -138,12 +138,18 @@ class _Inline(Backend):
             return False
         if not self._busy.acquire(timeout=_HOLD if timeout is None else min(timeout, _HOLD)):
             # Another thread runs what there is. What it keeps for later may be what this one waits for.
-            self._tell()
+            with InterruptHeld():
+                self._tell()
             return True
         try:
             return self._run_some(limit)
         finally:
             self._busy.release()
+
+    def _say(self, events: Sequence[Event]) -> None:
+        """What a job says, in which Ctrl-C may break."""
+        with InterruptHeld():
+            self._emit(events)
 
     def _tell(self) -> None:
         events = take_all(self._events)
@@ -153,14 +159,15 @@ class _Inline(Backend):
     def _run_some(self, limit: int) -> bool:
         order, waiting, channels, events = self._order, self._waiting, self._channels, self._events
         meter, worker = self._meter, self._worker
-        self._tell()  # a job that gathers others is not brief
         since = now = time.time()
         ran = 0
         with _Interrupts() as interrupts:
+            self._tell()  # a job that gathers others is not brief
+            meter.pause()
             while ran < limit and order:
                 job_id = order.popleft()
                 # Before it is taken, so that a cancel finds it in one place or the other.
-                channels[job_id] = channel = LocalChannel(self._emit)
+                channels[job_id] = channel = LocalChannel(self._say)
                 entry = waiting.pop(job_id, None)
                 if entry is None:
                     del channels[job_id]
@@ -248,5 +255,6 @@ class _Interrupts:
         except KeyboardInterrupt:
             self.seen = True
             if self.in_job:
+                self.in_job = False
                 self.broke_in = True
                 raise

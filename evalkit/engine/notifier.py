@@ -6,9 +6,11 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from queue import SimpleQueue
 from typing import Any
 
 from evalkit.callbacks.base import Callback
+from evalkit.engine.waiting import LOOK_UP
 
 __all__ = ["Notifier"]
 
@@ -18,6 +20,9 @@ _log = logging.getLogger("evalkit")
 class Notifier:
     """Calls callbacks in a thread of its own, so that a slow one holds up nothing that runs; or, ``inline``, in the
     thread that asks.
+
+    Ctrl-C may come anywhere in here in the thread that gathers, so nothing but plain locks is held: the parts of
+    ``threading`` that are written in Python can be interrupted before they have let go.
 
     Args:
         callbacks: in the order in which they are called.
@@ -31,7 +36,9 @@ class Notifier:
         self._callbacks = tuple(callbacks)
         self.active = bool(self._callbacks)
         self._queue: deque[tuple[str, Any]] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._to_do: SimpleQueue[bool] = SimpleQueue()  # whether there is something in the queue, or it is the end
+        self._gates: list[threading.Lock] = []  # of those that wait until everything is called
         self._busy: int | None = None  # the thread that is calling
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -51,11 +58,12 @@ class Notifier:
 
         After :meth:`close` nothing is called.
         """
-        with self._changed:
+        calls = [(method, subject) for subject in subjects]
+        with self._lock:
             if not self._closed:
-                self._enqueue((method, subject) for subject in subjects)
+                self._enqueue(calls)
 
-    def _enqueue(self, calls: Iterable[tuple[str, Any]]) -> None:
+    def _enqueue(self, calls: list[tuple[str, Any]]) -> None:
         self._queue.extend(calls)
         if self.inline:
             return
@@ -63,8 +71,7 @@ class Notifier:
             thread = threading.Thread(target=self._serve, name="evalkit-callbacks", daemon=True)
             thread.start()
             self._thread = thread  # only now: Ctrl-C may come before it has started, and then it cannot be joined
-        elif self._busy is None:
-            self._changed.notify_all()
+        self._to_do.put(True)
 
     def drain(self) -> None:
         """Return once everything posted so far has been called. In a callback, return at once."""
@@ -73,46 +80,53 @@ class Notifier:
         if self.inline:
             self._call_waiting()
             return
-        with self._changed:
-            while self._queue or self._busy is not None:
-                self._changed.wait()
+        gate = threading.Lock()
+        gate.acquire()
+        with self._lock:
+            if self._is_idle():
+                return
+            self._gates.append(gate)
+        while not gate.acquire(timeout=LOOK_UP) and not self._is_idle():
+            pass
 
     def close(self) -> None:
         """Call what was posted, then ``on_close``, and end."""
-        with self._changed:
+        with self._lock:
             if self._callbacks and not self._closed:
                 self._enqueue([("on_close", None)])
             self._closed = True
-            self._changed.notify_all()
         self.drain()
+        self._to_do.put(False)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def _is_idle(self) -> bool:
+        return not self._queue and self._busy is None
+
     def _serve(self) -> None:
-        while True:
-            with self._changed:
-                while not self._queue and not self._closed:
-                    self._changed.wait()
-                if not self._queue:
-                    return
+        while self._to_do.get():
             self._call_waiting()
 
     def _call_waiting(self) -> None:
         """Take the calls that wait, until none is left; one thread at a time."""
         while self._queue:
-            with self._changed:
-                if self._busy is not None:
-                    return
-                self._busy = threading.get_ident()
+            is_mine = False
             try:
+                with self._lock:
+                    if self._busy is not None:
+                        return
+                    self._busy = threading.get_ident()
+                    is_mine = True
                 while self._queue:
                     method, subject = self._queue.popleft()
                     for callback in self._callbacks:
                         self._call(getattr(callback, method), subject)
             finally:
-                with self._changed:
-                    self._busy = None
-                    self._changed.notify_all()
+                if is_mine:
+                    with self._lock:
+                        self._busy = None
+                        while self._gates and not self._queue:
+                            self._gates.pop().release()
 
     def _call(self, method: Callable[..., None], subject: Any) -> None:
         try:

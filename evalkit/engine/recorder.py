@@ -169,8 +169,8 @@ class Recorder:
                 if time.monotonic() >= self._changes_due:
                     changed, self._changed = self._changed, {}
                     self._changes_due = math.inf
+                self._being_written = len(self._ended)  # first: who asks how many are unwritten takes no lock
                 ended, self._ended = self._ended, []
-                self._being_written = len(ended)
             if not (ended or changed):
                 return
             start = time.monotonic()

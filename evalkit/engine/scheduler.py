@@ -43,6 +43,7 @@ from evalkit.engine.resources import Resources
 from evalkit.engine.retry import Retries, RetryPolicy
 from evalkit.engine.waiting import AllWaiter, JobWaiter, Waiter
 from evalkit.errors import SearchStoppedError
+from evalkit.interrupts import InterruptHeld
 from evalkit.job import CancelOutcome, ErrorInfo, Job, JobCause, JobLog, JobState
 
 __all__ = ["Scheduler"]
@@ -210,7 +211,8 @@ class Scheduler:
             self._put_back([job])
 
     def cancel_job(self, job: Job) -> CancelOutcome:
-        return self._cancel(job, "cancelled by the user")
+        with InterruptHeld():
+            return self._cancel(job, "cancelled by the user")
 
     def log_of(self, job: Job) -> JobLog | None:
         return self._backend.log_of(job.id)

@@ -9,10 +9,10 @@ from operator import attrgetter
 
 from evalkit.job import Job
 
-__all__ = ["AllWaiter", "BatchWaiter", "JobWaiter", "Waiter"]
+__all__ = ["LOOK_UP", "AllWaiter", "BatchWaiter", "JobWaiter", "Waiter"]
 
 #: Seconds after which the main thread looks up: Python does not hear a signal that came just before it began to wait.
-_LOOK_UP = 0.2
+LOOK_UP = 0.2
 
 
 class Waiter:
@@ -70,7 +70,7 @@ class Waiter:
     def wait(self, timeout: float | None) -> bool:
         """Wait to be released, at most ``timeout`` seconds; say whether that came."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        longest = _LOOK_UP if threading.current_thread() is threading.main_thread() else threading.TIMEOUT_MAX
+        longest = LOOK_UP if threading.current_thread() is threading.main_thread() else threading.TIMEOUT_MAX
         while not self._gate.acquire(timeout=min(max(0.0, deadline - time.monotonic()), longest)):
             if time.monotonic() >= deadline:
                 return self.done

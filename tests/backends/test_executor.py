@@ -164,12 +164,13 @@ def test_jobs_that_carry_much_do_not_share_calls() -> None:
 
 def test_sizes_follow_what_was_measured() -> None:
     sizer = ChunkSizer(True)
-    assert sizer.share(100, 2) == 1, "nothing is known yet"
+    assert sizer.share(100, 2, False) == 1, "nothing is known yet"
     for _ in range(10):
         sizer.note(sizer.size, sizer.size * 5e-6, sizer.size * 5e-6 + 3e-4)
     assert sizer.size == pytest.approx(3e-4 / 0.05 / 5e-6, abs=2) or sizer.size == 512
-    assert sizer.share(400, 4) == 100, "the last are spread over the workers"
-    assert sizer.share(10, 4) == 10, "but not so few that the calls take longer than they do"
+    assert sizer.share(400, 4, False) == 100, "the last are spread over the workers"
+    assert sizer.share(10, 4, False) == 3
+    assert sizer.share(10, 4, True) == 10, "but at the end not so few that the calls take longer than they do"
     sizer.note(sizer.size, 1.0 * sizer.size, 1.0 * sizer.size + 3e-4)
     assert sizer.size == 1, "slow jobs travel alone at once"
     off = ChunkSizer(False)

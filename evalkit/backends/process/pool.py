@@ -189,9 +189,8 @@ class ProcessBackend(Backend):
         if self._mean_duration is None or self._mean_duration > _SHORT or self._finished.is_set():
             return
         until = time.monotonic() + (_LEND if timeout is None else min(timeout, _LEND))
-        with InterruptHeld() as held:
-            # What an exception of another handler would tear here has to be ours alone.
-            if not held.is_safe or not self._lead.borrow(self._crew.wake):
+        with InterruptHeld():
+            if not self._lead.borrow(self._crew.wake):
                 return
             try:
                 while not done() and (left := until - time.monotonic()) > 0 and not self._finished.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -191,6 +192,34 @@ def test_a_worker_that_forks_may_die_like_any_other(make: Make, files: Files) ->
     finally:
         os.kill(int(files.wait("child")), 9)
     assert (job.cause, job.error and job.error.exit_code) == (JobCause.CRASH, 3)
+
+
+def test_a_worker_that_takes_nothing_holds_up_nobody(make: Make) -> None:
+    evaluator = make(lambda job: os.getpid(), num_workers=1)
+    (job,) = evaluator.submit([{}])
+    evaluator.gather("ALL")
+    os.kill(job.output, signal.SIGSTOP)
+    in_background(evaluator.submit, [{"x": bytes(3 * 2**20)}]).result(BOUND)
+    in_background(evaluator.close).result(BOUND)
+    eventually(lambda: not _lives(job.output), "the end of the worker")
+
+
+def test_workers_that_cannot_all_start_leave_none(tmp_path: Path) -> None:
+    done = run_program(
+        tmp_path,
+        """
+        import resource
+        from evalkit import BackendError, Evaluator
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        try:
+            Evaluator.create(lambda job: 1, "loky", {"num_workers": 12})
+        except BackendError as exc:
+            print(exc)
+        """,
+    )
+    assert done.returncode == 0
+    assert "Too many open files" in done.stdout
 
 
 def test_a_large_argument_and_output_pass(make: Make) -> None:

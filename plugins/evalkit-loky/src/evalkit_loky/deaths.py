@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
 import signal
-from multiprocessing.connection import Connection
 
 from loky.process_executor import BrokenProcessPool
 
-__all__ = ["Watch", "death_of", "exit_of"]
+__all__ = ["death_of", "exit_of"]
 
 
 def exit_of(pid: int) -> os.waitid_result | None:
@@ -36,28 +33,3 @@ def death_of(pid: int) -> BrokenProcessPool | None:
         return BrokenProcessPool(f"a worker died: {{EXIT({exited.si_status})}}")
     name = next((one.name for one in signal.Signals if one == exited.si_status), f"SIG{exited.si_status}")
     return BrokenProcessPool(f"a worker died: {{{name}({-exited.si_status})}}")
-
-
-class Watch:
-    """Waits for what a worker says, or, where the system can tell, for its death.
-
-    Args:
-        connection: to the worker.
-        pid: of the worker.
-    """
-
-    def __init__(self, connection: Connection, pid: int) -> None:
-        self._poll = select.poll()
-        self._poll.register(connection.fileno(), select.POLLIN)
-        self._pidfd: int | None = None
-        with contextlib.suppress(AttributeError, OSError):  # not Linux, or it has gone and loky has noticed
-            self._pidfd = os.pidfd_open(pid)
-            self._poll.register(self._pidfd, select.POLLIN)
-
-    def has_died(self) -> bool:
-        """Wait; say whether it has died."""
-        return any(fd == self._pidfd for fd, _ in self._poll.poll())
-
-    def close(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)

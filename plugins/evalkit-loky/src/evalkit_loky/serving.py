@@ -53,7 +53,9 @@ def serve(run: Callable[[Any], bytes]) -> None:
         except Exception as exc:  # noqa: BLE001 - it belongs to the call
             connection.send_bytes(b"")
             answer = _pickled(exc)
+        del chunk  # it may be large, and the next may be long in coming
         connection.send_bytes(answer)
+        del answer
 
 
 def _pickled(exc: Exception) -> bytes:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future
-from multiprocessing import Pipe
 from typing import Any
 
 import psutil
 from loky.process_executor import ProcessPoolExecutor, ShutdownExecutorError
 
 from evalkit.backends import Program
-from evalkit_loky.deaths import Watch, death_of, exit_of
+from evalkit_loky.deaths import death_of, exit_of
+from evalkit_loky.line import Line
 from evalkit_loky.serving import descendants, get_ready, serve
 
 __all__ = ["LokyWorkers"]
@@ -45,8 +44,12 @@ class LokyWorkers(Executor):
         self._lock = threading.Lock()
         self._shut = False
         self._workers: list[_Worker | None] = [None] * num_workers
-        for index in range(num_workers):
-            self._workers[index] = _Worker(program)
+        try:
+            for index in range(num_workers):
+                self._workers[index] = _Worker(program)
+        except BaseException:  # no more descriptors, say
+            self.end(0.0, kill=True)
+            raise
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         if fn is not self._program or kwargs:
@@ -96,7 +99,7 @@ class LokyWorkers(Executor):
         # What their jobs have left running, which nobody will find any more once the workers are gone.
         started = [child for process in processes for child in descendants(process)] if kill else []
         for worker in workers:
-            if kill and worker.calls:
+            if kill and (worker.calls or worker.process() is None):
                 worker.kill()
             else:
                 worker.close()
@@ -115,7 +118,7 @@ def _rebuilt(pickled: bytes) -> Exception:
 
 
 class _Worker:
-    """A pool of one, and the connection to its process."""
+    """A pool of one, and the line to its process."""
 
     def __init__(self, program: Program) -> None:
         #: The calls that are in it, in order.
@@ -123,54 +126,58 @@ class _Worker:
         self._pid: int | None = None  # until it says
         self._broken = False
         self._end: BaseException | None = None  # why there are no more answers
-        self._sending = threading.Lock()
-        self._closing = threading.Lock()  # not the same: who sends may wait for a worker that has gone
-        self._connection, theirs = Pipe()
-        self._pool = ProcessPoolExecutor(1, initializer=get_ready, initargs=(program, os.getpid(), theirs))
-        self._serving = self._pool.submit(serve, program.resident)  # and so it starts
-        theirs.close()
-        self._serving.add_done_callback(self._hang_up)
-        threading.Thread(target=self._read, name="evalkit-loky", daemon=True).start()
+        self._lock = threading.Lock()
+        self._line = Line()
+        self._pool = ProcessPoolExecutor(1, initializer=get_ready, initargs=(program, os.getpid(), self._line.theirs))
+        try:
+            self._serving = self._pool.submit(serve, program.resident)  # and so it starts
+            self._serving.add_done_callback(lambda _: self._line.hang_up())
+            threading.Thread(target=self._read, name="evalkit-loky", daemon=True).start()
+        except BaseException:
+            self._pool.shutdown(wait=False, kill_workers=True)
+            self._line.close()
+            raise
+        finally:
+            self._line.theirs.close()
 
     def submit(self, chunk: bytes) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
-        with self._sending:
-            if self._end is None:
+        with self._lock:
+            end = self._end
+            if end is None:
                 self.calls.append(future)
-                # A worker that has gone, or goes now, ends the call in the thread that reads.
-                with contextlib.suppress(OSError):
-                    self._connection.send_bytes(chunk)
-                return future
-        future.set_exception(self._end)
+                self._line.send(chunk)
+        if end is not None:
+            future.set_exception(end)
         return future
 
     def _read(self) -> None:
         """Take what the worker answers; at its end, end the calls that it has not answered."""
+        end: BaseException | None = None
         try:
-            self._pid = int(self._connection.recv_bytes())
-            with contextlib.closing(Watch(self._connection, self._pid)) as watch:
-                while True:
-                    if watch.has_died():
-                        self._hang_up(self._serving)
-                    self._read_answer()
-        except (EOFError, OSError):
-            self._broken = True
-        exc = None if self._pid is None else death_of(self._pid)
-        exc = self._reason() if exc is None else exc
+            self._pid = int(self._line.receive())
+            self._line.watch(self._pid)
+            while True:
+                self._read_answer()
+        except EOFError:
+            pass
+        except BaseException as exc:  # noqa: BLE001 - no room for an answer, say; nobody else ends the calls
+            end = exc
+        self._broken = True
+        self._line.hang_up()
+        end = end or (None if self._pid is None else death_of(self._pid)) or self._reason()
         self._pool.shutdown(wait=False, kill_workers=True)
-        self._hang_up(self._serving)  # whoever sends stops waiting
-        with self._sending:
-            self._end = exc
+        with self._lock:
+            self._end = end
         for future in self.calls:
-            future.set_exception(exc)
+            future.set_exception(end)
         self.calls.clear()
-        with self._closing:
-            self._connection.close()
+        self._line.close()
 
     def _read_answer(self) -> None:
-        answer = self._connection.recv_bytes()
-        failure = None if answer else self._connection.recv_bytes()
+        answer = self._line.receive()
+        failure = None if answer else self._line.receive()
         future = self.calls.popleft()  # it has room for another by the time at which anybody hears of this one
         if failure is None:
             future.set_result(answer)
@@ -183,15 +190,6 @@ class _Worker:
         with contextlib.suppress(CancelledError, TimeoutError):
             exc = self._serving.exception(_LAST_WORDS)
         return exc or ShutdownExecutorError("the worker was ended")
-
-    def _hang_up(self, _: Future[Any]) -> None:
-        """It has ended; what it has said is still to be read, though a fork of it may hold its end open."""
-        with (
-            self._closing,
-            contextlib.suppress(OSError),  # it is closed
-            socket.socket(fileno=os.dup(self._connection.fileno())) as sock,
-        ):
-            sock.shutdown(socket.SHUT_RDWR)
 
     def usable(self) -> bool:
         """Whether its process lives: one that has died is noticed here before loky does, and costs no call."""
@@ -207,7 +205,7 @@ class _Worker:
     def close(self) -> None:
         """Let it end by itself, when it has nothing more to do."""
         self._broken = True
-        self._hang_up(self._serving)
+        self._line.hang_up()
         self._pool.shutdown(wait=False)
 
     def kill(self) -> None:

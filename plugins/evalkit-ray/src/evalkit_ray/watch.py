@@ -45,7 +45,9 @@ class Watch:
     def end(self) -> None:
         """Have it end what is left of that Ray, and remove its folder, now; return when that is done."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(b"\n")  # a fork of this program may hold it open
+                self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(2 * _PATIENCE)
 
