@@ -44,6 +44,8 @@ BARS = (
     Bar("evalkit process", "ProcessPoolExecutor", "BATCH", 1 / 5),
     Bar("evalkit thread", "ThreadPoolExecutor", "ALL", 1.0),
     Bar("evalkit thread", "ThreadPoolExecutor", "BATCH", 1.0),
+    Bar("evalkit serial", "deephyper serial-async", "ALL", 1 / 10),  # DeepHyper's takes coroutines alone
+    Bar("evalkit serial", "deephyper serial-async", "BATCH", 1 / 10),
     Bar("evalkit serial-async", "deephyper serial-async", "ALL", 1 / 10),
     Bar("evalkit serial-async", "deephyper serial-async", "BATCH", 1 / 10),
     Bar("evalkit thread", "deephyper thread", "ALL"),

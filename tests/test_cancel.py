@@ -158,3 +158,26 @@ def test_what_all_attempts_recorded_comes_back_with_a_job_that_was_killed(tmp_pa
         assert (record.state, record.records) == (JobState.CANCELLED, job.records)
         assert record.metadata["attempts"][0]["cause"] == "CRASH"
     assert job.cancel() is CancelOutcome.TOO_LATE
+
+
+@pytest.mark.parametrize("kind", ["plain", "coroutine"])
+def test_a_stop_that_leaves_alone_what_runs_knows_a_job_that_came_after_brief_ones(kind: str) -> None:
+    started, go = threading.Event(), threading.Event()
+
+    def run(job: RunningJob) -> Any:
+        if job["x"] == 100:
+            started.set()
+            assert go.wait(BOUND)
+        return job["x"]
+
+    async def coroutine(job: RunningJob) -> Any:
+        return run(job)
+
+    with Evaluator.create(run if kind == "plain" else coroutine, "serial") as evaluator:
+        jobs = evaluator.submit([{"x": x} for x in range(110)])
+        gathered = in_background(evaluator.gather, "ALL")
+        assert started.wait(BOUND)
+        evaluator.stop("enough", running=False)
+        go.set()
+        gathered.result(BOUND)
+    assert [job.state for job in jobs] == [JobState.DONE] * 101 + [JobState.CANCELLED] * 9

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
@@ -24,7 +24,7 @@ from evalkit.backends.events import (
     Started,
     WorkerIdentity,
 )
-from evalkit.backends.execution import LocalChannel, failed, identity
+from evalkit.backends.execution import LocalChannel, failed, identity, take_all
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob, own_copies
@@ -95,7 +95,7 @@ class AsyncBackend(Backend):
         # What waits, with its arguments, and in which order. Whoever pops a task has it.
         self._waiting: dict[str, tuple[Task, dict[str, Any]]] = {}
         self._order: deque[str] = deque()
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque()
         self._begun: dict[str, float] = {}  # what runs, and nobody was told of: id -> since when
         self._events_since = 0.0
         self._flush_due = False
@@ -161,6 +161,9 @@ class AsyncBackend(Backend):
         self._request_stop(self._running.get(job_id))
         if kill:
             self._loop.call_soon_threadsafe(self._kill, job_id)
+
+    def tell(self) -> None:
+        self._tell(list(self._begun.items()))
 
     def stop(self, grace: float) -> None:
         deadline = time.monotonic() + grace
@@ -314,12 +317,13 @@ class AsyncBackend(Backend):
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self._begun:
-            worker = self._worker
-            self._events[:0] = [Started(job_id, since, worker) for job_id, since in self._begun.items()]
-            self._begun = {}
-        if self._events:
-            events, self._events = self._events, []
+        begun, self._begun = self._begun, {}
+        self._tell(begun.items())
+
+    def _tell(self, begun: Iterable[tuple[str, float]]) -> None:
+        events: list[Event] = [Started(job_id, since, self._worker) for job_id, since in begun]
+        events += take_all(self._events)
+        if events:
             self._emit(events)
 
 

@@ -157,6 +157,10 @@ class Backend(ABC):
         """What a running job has printed by now; None if this backend does not capture it, or the job does not run."""
         return None
 
+    def tell(self) -> None:
+        """Emit now what has happened and is kept to be told with more; by default nothing is. From any thread."""
+        return
+
     def step(self, limit: int, timeout: float | None) -> bool:
         """Run up to ``limit`` waiting tasks in this thread; return False if there was nothing to run.
 

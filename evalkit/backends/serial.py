@@ -65,6 +65,9 @@ class SerialBackend(Backend):
     def step(self, limit: int, timeout: float | None) -> bool:
         return self._engine.step(limit, timeout)
 
+    def tell(self) -> None:
+        self._engine.tell()
+
     def stop(self, grace: float) -> None:
         self._engine.stop(grace)
 
@@ -102,6 +105,7 @@ class _Inline(Backend):
         self._channels: dict[str, LocalChannel] = {}  # of what runs; more than one where a job gathers others
         self._busy = threading.RLock()
         self._events: deque[Event] = deque()  # to be told soon
+        self._running: str | None = None  # the job that runs, if nobody was told
         self._brief = False  # whether the last job was, so that the start of the next need not be told beforehand
         self._meter = Meter()
 
@@ -146,6 +150,13 @@ class _Inline(Backend):
         finally:
             self._busy.release()
 
+    def tell(self) -> None:
+        running = self._running
+        if running is not None:
+            self._events.append(Started(running, time.time(), self._worker))
+        with InterruptHeld():
+            self._tell()
+
     def _say(self, events: Sequence[Event]) -> None:
         """What a job says, in which Ctrl-C may break."""
         with InterruptHeld():
@@ -174,7 +185,9 @@ class _Inline(Backend):
                     continue  # it was cancelled
                 task, args = entry
                 ran += 1
-                if not self._brief:  # it may take a while, as the last one did
+                if self._brief:
+                    self._running = job_id
+                else:  # it may take a while, as the last one did
                     events.append(Started(job_id, time.time(), self._worker))
                     self._tell()
                 end: Done | Failed | None = None
@@ -190,6 +203,7 @@ class _Inline(Backend):
                     except KeyboardInterrupt:  # it came just before the job, or just after it
                         pass
                 interrupts.in_job = False
+                self._running = None
                 del channels[job_id]
                 channel.close()
                 if end is None or interrupts.broke_in:

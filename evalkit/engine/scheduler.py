@@ -157,6 +157,7 @@ class Scheduler:
         Args:
             running: False leaves what runs alone; nothing starts any more, no other attempt either.
         """
+        self._backend.tell()  # whether a job runs makes a difference
         with self._lock:
             if self._closed_because is None:
                 self._closed_because = reason

@@ -209,7 +209,8 @@ def test_workers_that_cannot_all_start_leave_none(tmp_path: Path) -> None:
         tmp_path,
         """
         import resource
-        from evalkit import BackendError, Evaluator
+        from evalkit import Evaluator
+        from evalkit.errors import BackendError
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         try:

@@ -173,6 +173,28 @@ def test_a_program_that_is_ended_leaves_no_process(number, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_fork_of_the_program_does_not_hold_up_the_end():
+    done = run_program(
+        """
+        import os, time
+        import ray
+        from evalkit import Evaluator
+
+        evaluator = Evaluator.create(lambda job: 1, "ray", {"num_workers": 1})
+        folder = ray.get_runtime_context().get_temp_dir()
+        child = os.fork()
+        if not child:
+            time.sleep(600)
+            os._exit(0)
+        evaluator.close()
+        print(os.path.exists(folder))
+        os.kill(child, 9)
+        """
+    )
+    assert done.strip() == "False"
+
+
+@pytest.mark.slow
 def test_a_ray_that_is_shut_down_under_an_evaluator_fails_its_jobs(tmp_path):
     evaluator = create(functions.Plain(functions.hold), num_workers=1)
     jobs = evaluator.submit([{"started": str(tmp_path / "started"), "release": str(tmp_path / "never")}, {"x": 1}])
