@@ -240,8 +240,6 @@ class Evaluator:
             jobs: list[Job] = []
             try:
                 for chunk in chunks_of(copies):
-                    if jobs:
-                        time.sleep(0)  # those who wait for the interpreter have results, and workers without jobs
                     jobs += self._admit(chunk, begun=bool(jobs))
             finally:
                 self._submitted -= len(copies) - len(jobs)
