@@ -6,9 +6,10 @@ import contextlib
 import os
 import pickle
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import CancelledError, Executor, Future, wait
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from evalkit_loky.serving import descendants, get_ready, serve
 
 __all__ = ["LokyWorkers"]
 
+_START = 2.0  # seconds that workers may take to come up and end, where others cannot start
 _LAST_WORDS = 10.0  # seconds in which loky notices that a worker has gone
 
 
@@ -48,7 +50,7 @@ class LokyWorkers(Executor):
             for index in range(num_workers):
                 self._workers[index] = _Worker(program)
         except BaseException:  # no more descriptors, say
-            self.end(0.0, kill=True)
+            self.end(_START, kill=True)
             raise
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -99,11 +101,16 @@ class LokyWorkers(Executor):
         # What their jobs have left running, which nobody will find any more once the workers are gone.
         started = [child for process in processes for child in descendants(process)] if kill else []
         for worker in workers:
-            if kill and (worker.calls or worker.process() is None):
+            if kill and worker.calls:
                 worker.kill()
             else:
                 worker.close()
+        deadline = time.monotonic() + patience
         _, alive = psutil.wait_procs(processes, max(0.0, patience))
+        # One that is about to start ends when it has, unless that takes long: loky complains where it is killed.
+        for worker in workers if kill else ():
+            if not worker.has_ended(deadline - time.monotonic()):
+                worker.kill()
         for process in [*alive, *started] if kill else ():
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -207,6 +214,10 @@ class _Worker:
         self._broken = True
         self._line.hang_up()
         self._pool.shutdown(wait=False)
+
+    def has_ended(self, timeout: float) -> bool:
+        """Wait for the end of its one call, at most ``timeout`` seconds; say whether that came."""
+        return bool(wait([self._serving], max(0.0, timeout)).done)
 
     def kill(self) -> None:
         self._broken = True
