@@ -16,9 +16,17 @@ except ImportError:  # another Python
     from signal import getsignal as get_handler
     from signal import signal as set_handler
 
-__all__ = ["SIGINT", "InterruptHeld", "get_handler", "set_handler"]
+__all__ = ["SIGINT", "InterruptHeld", "get_handler", "hears_only_interrupts", "set_handler"]
 
 SIGINT = int(signal.SIGINT)
+_OTHERS = tuple(int(number) for number in signal.valid_signals() if number != SIGINT)
+
+
+def hears_only_interrupts() -> bool:
+    """Whether no handler of a signal, but that of Ctrl-C, can raise anything in this thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return True
+    return not any(map(callable, map(get_handler, _OTHERS)))
 
 
 class InterruptHeld:

@@ -274,6 +274,51 @@ def test_wherever_ctrl_c_comes_nothing_is_torn(
     assert int(done.stdout) > 20
 
 
+ALARMS = """
+import random, signal, time
+from evalkit import Evaluator
+
+class TooLong(Exception):
+    pass
+
+def ring(number, frame):
+    raise TooLong
+
+def run(job):
+    time.sleep(job["seconds"])
+    return 1
+
+signal.signal(signal.SIGALRM, ring)
+chance = random.Random(5)
+heard = 0
+with Evaluator.create(run, "process", {"num_workers": 2}) as evaluator:
+    evaluator.submit([{"seconds": 0.0}] * 500)  # jobs are known to be short
+    evaluator.gather("ALL")
+    for _ in range(30):
+        jobs = evaluator.submit([{"seconds": 0.001}, {"seconds": 0.001}, {"seconds": 0.03}])
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.01 * chance.random())
+            evaluator.gather("ALL")
+        except TooLong:
+            heard += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        evaluator.gather("ALL")
+        assert [job.output for job in jobs] == [1, 1, 1], [job.error for job in jobs]
+print(heard)
+"""
+
+
+def test_an_alarm_ends_a_gather_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(ALARMS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-W", "error", "program.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, timeout=100, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
 DROPPED = """
 from evalkit import Evaluator
 

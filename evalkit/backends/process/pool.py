@@ -53,7 +53,7 @@ from evalkit.backends.process.spawner import TERM_GRACE
 from evalkit.backends.process.wire import Frame, Kind
 from evalkit.backends.serialization import dumps, loads
 from evalkit.errors import BackendError, SerializationError
-from evalkit.interrupts import InterruptHeld
+from evalkit.interrupts import InterruptHeld, hears_only_interrupts
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.joblog import JobLog
 
@@ -188,6 +188,8 @@ class ProcessBackend(Backend):
     def lend(self, done: Callable[[], bool], timeout: float | None) -> None:
         if self._mean_duration is None or self._mean_duration > _SHORT or self._finished.is_set():
             return
+        if not hears_only_interrupts():
+            return  # an alarm, say, would raise in the middle of what is read
         until = time.monotonic() + (_LEND if timeout is None else min(timeout, _LEND))
         with InterruptHeld():
             if not self._lead.borrow(self._crew.wake):
