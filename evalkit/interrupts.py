@@ -10,26 +10,59 @@ from types import FrameType
 from typing import Any, Self
 
 try:  # the same without conversion to enums, which takes ten times as long as all the rest
-    from _signal import getsignal as get_handler  # type: ignore[import-not-found]
-    from _signal import signal as set_handler
+    from _signal import getsignal as _get_handler  # type: ignore[import-not-found]
+    from _signal import signal as _set_handler
 except ImportError:  # another Python
-    from signal import getsignal as get_handler
-    from signal import signal as set_handler
+    from signal import getsignal as _get_handler
+    from signal import signal as _set_handler
 
-__all__ = ["SIGINT", "InterruptHeld", "get_handler", "hears_only_interrupts", "set_handler"]
+__all__ = ["InterruptHeard", "InterruptHeld", "hears_only_interrupts"]
 
-SIGINT = int(signal.SIGINT)
-_OTHERS = tuple(int(number) for number in signal.valid_signals() if number != SIGINT)
+_SIGINT = int(signal.SIGINT)
+_OTHERS = tuple(int(number) for number in signal.valid_signals() if number != _SIGINT)
 
 
 def hears_only_interrupts() -> bool:
     """Whether no handler of a signal, but that of Ctrl-C, can raise anything in this thread."""
     if threading.current_thread() is not threading.main_thread():
         return True
-    return not any(map(callable, map(get_handler, _OTHERS)))
+    return not any(map(callable, map(_get_handler, _OTHERS)))
 
 
-class InterruptHeld:
+class InterruptHeard:
+    """In this block, :meth:`hear` is called for Ctrl-C in place of the handler that Python had for it, if it had one.
+
+    Attributes:
+        before: that handler, as long as it is replaced.
+    """
+
+    __slots__ = ("before",)
+
+    def __init__(self) -> None:
+        self.before: Any = None
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """Called as a handler is."""
+        raise NotImplementedError
+
+    def replaces(self, handler: Callable[..., Any]) -> bool:
+        """Whether this handler is one to replace."""
+        return True
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            before = _get_handler(_SIGINT)
+            if callable(before) and self.replaces(before):
+                self.before = before
+                _set_handler(_SIGINT, self.hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            _set_handler(_SIGINT, self.before)
+
+
+class InterruptHeld(InterruptHeard):
     """In this block, what Ctrl-C does in Python waits until the end; a second one is heard at once.
 
     Args:
@@ -37,30 +70,24 @@ class InterruptHeld:
             then only Python's own handler waits, and one that the user has set goes on as it does.
     """
 
-    __slots__ = ("_before", "_heard", "_hurry")
+    __slots__ = ("_heard", "_hurry")
 
     def __init__(self, hurry: Callable[[], None] | None = None) -> None:
+        super().__init__()
         self._hurry = hurry
         self._heard = False
-        self._before: Any = None
 
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            before = get_handler(SIGINT)
-            if before is signal.default_int_handler or (callable(before) and self._hurry is None):
-                self._before = before
-                set_handler(SIGINT, self._hear)
-        return self
+    def replaces(self, handler: Callable[..., Any]) -> bool:
+        return self._hurry is None or handler is signal.default_int_handler
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            set_handler(SIGINT, self._before)
-            if self._heard:
-                self._before(SIGINT, None)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+        super().__exit__()
         if self._heard:
-            self._before(number, frame)
+            self.before(_SIGINT, None)
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if self._heard:
+            self.before(number, frame)
             return
         self._heard = True
         if self._hurry is not None:

@@ -24,10 +24,10 @@ from evalkit.backends.events import (
     Started,
     WorkerIdentity,
 )
-from evalkit.backends.execution import LocalChannel, failed, identity, take_all
+from evalkit.backends.execution import LocalChannel, entries_of, failed, identity, take_all
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import RunningJob, own_copies
+from evalkit.running import RunningJob
 
 __all__ = ["AsyncBackend", "RunFailedError", "RunLostError"]
 
@@ -67,9 +67,7 @@ class _Run(LocalChannel):
     job: RunningJob
 
     def __init__(self, emit: Emit, task: Task, lane: asyncio.Task[None], worker: WorkerIdentity) -> None:
-        self._emit = emit
-        self._open = True
-        self._asked = False
+        super().__init__(emit)
         self.task = task
         self.lane = lane
         self.worker = worker
@@ -148,10 +146,9 @@ class AsyncBackend(Backend):
             raise BackendError(f"{type(self).__name__} cannot start: {type(exc).__name__}: {exc}") from exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        ids = [task.id for task in tasks]
-        copies = own_copies([task.args for task in tasks])
-        self._waiting.update(zip(ids, zip(tasks, copies, strict=True), strict=True))
-        self._order.extend(ids)
+        entries = entries_of(tasks)
+        self._waiting.update(entries)
+        self._order.extend(entries)
         self._loop.call_soon_threadsafe(self._fill_lanes)
 
     def cancel(self, job_id: str, kill: bool) -> None:

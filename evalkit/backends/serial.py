@@ -12,10 +12,10 @@ from typing import Any
 from evalkit.backends.asynchronous import AsyncBackend
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
-from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, take_all, visible
+from evalkit.backends.execution import LocalChannel, check_worker_init, entries_of, failed, identity, take_all, visible
 from evalkit.backends.meter import Meter
-from evalkit.interrupts import SIGINT, InterruptHeld, get_handler, set_handler
-from evalkit.running import RunningJob, is_coroutine_function, own_copies
+from evalkit.interrupts import InterruptHeard, InterruptHeld
+from evalkit.running import RunningJob, is_coroutine_function
 
 __all__ = ["SerialBackend"]
 
@@ -124,10 +124,9 @@ class _Inline(Backend):
                 self._unfit = exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        ids = [task.id for task in tasks]
-        copies = own_copies([task.args for task in tasks])
-        self._waiting.update(zip(ids, zip(tasks, copies, strict=True), strict=True))
-        self._order.extend(ids)
+        entries = entries_of(tasks)
+        self._waiting.update(entries)
+        self._order.extend(entries)
 
     def cancel(self, job_id: str, kill: bool) -> None:
         if self._waiting.pop(job_id, None) is not None:
@@ -231,7 +230,7 @@ class _Inline(Backend):
         self._order.clear()
 
 
-class _Interrupts:
+class _Interrupts(InterruptHeard):
     """Tells Ctrl-C from a run function that raises KeyboardInterrupt: the one ends the program, the other the job.
 
     What handled Ctrl-C before decides whether it ends anything. If so, it breaks into the job, or else waits until what
@@ -243,29 +242,17 @@ class _Interrupts:
         broke_in: whether it was.
     """
 
-    __slots__ = ("_before", "broke_in", "in_job", "seen")
+    __slots__ = ("broke_in", "in_job", "seen")
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen = False
         self.in_job = False
         self.broke_in = False
-        self._before: Any = None
 
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            before = get_handler(SIGINT)
-            if callable(before):
-                self._before = before
-                set_handler(SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            set_handler(SIGINT, self._before)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
+    def hear(self, number: int, frame: FrameType | None) -> None:
         try:
-            self._before(signum, frame)
+            self.before(number, frame)
         except KeyboardInterrupt:
             self.seen = True
             if self.in_job:

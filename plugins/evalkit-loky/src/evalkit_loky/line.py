@@ -37,6 +37,9 @@ class Line:
         self._sock.setblocking(False)
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
+        self._poll = select.poll()
+        for sock in (self._sock, self._woken):
+            self._poll.register(sock, select.POLLIN)
 
     def send(self, message: bytes) -> None:
         """Send it, now or later; or never, if the worker has gone."""
@@ -58,6 +61,7 @@ class Line:
         """
         with contextlib.suppress(AttributeError, OSError):  # not Linux, or it has gone and loky has noticed
             self._pidfd = os.pidfd_open(pid)
+            self._poll.register(self._pidfd, select.POLLIN)
 
     def hang_up(self) -> None:
         """Send nothing more; what has been said by now can still be received."""
@@ -113,12 +117,8 @@ class Line:
 
     def _wait(self) -> bool:
         """Wait until something can be done; say whether there is something to receive."""
-        poll = select.poll()
-        poll.register(self._woken, select.POLLIN)
-        poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
-        if self._pidfd is not None:
-            poll.register(self._pidfd, select.POLLIN)
-        ready = dict(poll.poll())
+        self._poll.modify(self._sock, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+        ready = dict(self._poll.poll())
         if self._woken.fileno() in ready:
             self._woken.recv(4096)
         events = ready.get(self._sock.fileno(), 0)
