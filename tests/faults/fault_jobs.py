@@ -88,9 +88,16 @@ def hang_in_python(job: RunningJob) -> None:
 
 
 def hang_in_c(job: RunningJob) -> None:
-    """C code that does not let go of the interpreter, and that no signal wakes."""
+    """C code that does not let go of the interpreter, and that no signal wakes: a write into a pipe that is full.
+
+    Who finds something to read there knows that it has begun.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    ctypes.PyDLL(None).sleep(FOREVER)
+    pipe = _folder() / "hang-c.pipe"
+    with contextlib.suppress(FileExistsError):
+        os.mkfifo(pipe)
+    size = 2**24
+    ctypes.PyDLL(None).write(os.open(pipe, os.O_RDWR), bytes(size), size)
 
 
 def hang_deaf(job: RunningJob) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -124,6 +125,15 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def wait_until_readable(pipe: Path) -> None:
+    if wait_for(pipe.exists, BOUND):
+        descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            select.select([descriptor], [], [], BOUND)
+        finally:
+            os.close(descriptor)
 
 
 def within(seconds: float | None) -> str:
@@ -262,6 +272,8 @@ def end_by(programs: Programs, fault: str) -> tuple[str, str, str]:
         return RED + f"not reached, exit code {process.returncode} " + programs.printed().replace("\n", " "), "", ""
     if fault in SENT and not (fault == "descriptors" and programs.backend.mpi):
         if SENT[fault] == signal.SIGKILL and fault != "kill-master":
+            if fault == "hang-c":
+                wait_until_readable(programs.folder / "hang-c.pipe")  # until then it could still hear SIGTERM
             process.terminate()
             time.sleep(_STANDSTILL)
             stood_still = process.poll() is None
