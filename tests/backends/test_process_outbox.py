@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import math
 import os
 import pickle
 import random
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +22,11 @@ from process_fixtures import FakeTask, Make, gather
 from evalkit import JobCause, JobState, RunningJob
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.outbox import Outbox, OutboxReader
-from evalkit.backends.process.wire import NUMBERS, Kind, small_frame
+from evalkit.backends.process.wire import NUMBERS, FrameReader, Kind, frame, number_into, small_frame
 from evalkit.backends.process.worker import _Worker
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
+
+_MEASURED = (1.0, 2.0, 0.5, 1000)
 
 
 def _tiny_or_not(job: RunningJob) -> int:
@@ -279,3 +283,79 @@ def test_an_outbox_that_is_full_takes_nothing_more(ends: tuple[Outbox, OutboxRea
         pass
     assert len(reader.read()) == outbox.held
     assert 15 <= outbox.held <= 17
+
+
+def test_an_outbox_takes_numbers_that_fit(ends: tuple[Outbox, OutboxReader]) -> None:
+    outbox, reader = ends
+    assert not outbox.put_number(2**63, _MEASURED, 0)
+    assert outbox.put_number(-(2**63), _MEASURED, 1)
+    outbox.put(small_frame(Kind.DONE, b"between", 2))
+    assert outbox.put_number(-0.0, _MEASURED, 3)
+    assert repr([payload for _, _, payload, _ in reader.read()]) == repr(
+        [(-(2**63), _MEASURED), b"between", (-0.0, _MEASURED)]
+    )
+    while outbox.put_number(1, _MEASURED, 4):
+        pass
+    assert len(reader.read()) == outbox.held
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_results_come_out_as_they_went_in_whatever_the_pieces(seed: int) -> None:
+    rng = random.Random(seed)
+    sent: list[tuple[int, int, Any, tuple[Any, ...]]] = []
+    stream = bytearray()
+    memory = bytearray(100)
+    kinds = rng.choice([["float"], ["int"], ["float", "int", "other", "arrays"], ["float", "other"]])
+    for tag in range(rng.randrange(1, 300)):
+        kind = rng.choice(kinds)
+        if kind in ("float", "int"):
+            value = rng.uniform(-1, 1) if kind == "float" else rng.randrange(-(2**63), 2**63)
+            measured = (rng.random(), rng.random(), rng.random(), rng.randrange(2**63))
+            stream += memory[7 : number_into(memory, 7, value, measured, tag)]
+            sent.append((Kind.DONE, tag, (value, measured), ()))
+            continue
+        payload = rng.randbytes(rng.choice([0, 1, 40, 5000, 300_000 if tag % 50 == 0 else 2]))
+        buffers = [memoryview(rng.randbytes(rng.randrange(5000))) for _ in range(rng.randrange(3) * (kind == "arrays"))]
+        stream += b"".join(frame(Kind.DONE, payload, buffers, tag))
+        sent.append((Kind.DONE, tag, payload, tuple(bytes(buffer) for buffer in buffers)))
+    ours, theirs = socket.socketpair()
+    reader = FrameReader(ours)
+    read: list[tuple[int, int, Any, tuple[Any, ...]]] = []
+    size = rng.choice([3, 56, 1000, 100_000])
+    with ours, theirs:
+        for start in range(0, len(stream), size):
+            theirs.sendall(stream[start : start + size])
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    read += reader.read(socket.MSG_DONTWAIT)
+    plain = [
+        (kind, tag, payload if type(payload) is tuple else bytes(payload), tuple(map(bytes, buffers)))
+        for kind, tag, payload, buffers in read
+    ]
+    assert plain == sent
+
+
+class _MyFloat(float):
+    """Equal to a float, and not one."""
+
+
+_NUMBERS = [0.0, -0.0, 1e-320, math.inf, -math.inf, math.nan, 0, -1, 2**63 - 1, -(2**63), 2**63, 10**40, True, None]
+
+
+def _number(job: RunningJob) -> Any:
+    number = _NUMBERS[job["x"] % len(_NUMBERS)]
+    return _MyFloat(number) if job["mine"] else number
+
+
+def test_numbers_keep_their_type_and_each_bit(make: Make) -> None:
+    evaluator = make(_number, num_workers=1)
+    evaluator.submit([{"x": x, "mine": False} for x in range(10 * len(_NUMBERS))])
+    evaluator.submit([{"x": 6, "mine": True}])
+    *jobs, mine = gather(evaluator)
+    assert list(map(repr, [job.output for job in jobs])) == 10 * list(map(repr, _NUMBERS))
+    assert type(mine.output) is _MyFloat
+    for job in jobs:
+        measured = job.measured
+        assert measured.timestamp_end >= measured.timestamp_start >= measured.timestamp_submit
+        assert measured.cpu_time >= 0
+        assert measured.peak_rss > 1_000_000

@@ -15,7 +15,8 @@ import mmap
 import os
 import tempfile
 
-from evalkit.backends.process.wire import Frame, small_frames
+from evalkit.backends.process.wire import Frame, number_into, small_frames
+from evalkit.metadata import Measured
 
 __all__ = ["Outbox", "OutboxReader"]
 
@@ -44,6 +45,15 @@ class Outbox:
             return False
         self._memory[start:end] = frame
         self._end = self._ends[0] = end  # only now is it there
+        self.held += 1
+        return True
+
+    def put_number(self, value: float, measured: Measured, tag: int) -> bool:
+        """Add a result that is a float or an int; say whether there was room for it."""
+        end = number_into(self._memory, self._end, value, measured, tag)
+        if not end:
+            return False
+        self._end = self._ends[0] = end
         self.held += 1
         return True
 

@@ -438,7 +438,7 @@ class ProcessBackend(Backend):
             if kind in (_DONE, _FAILED):
                 job_id = link.finish_first()
                 try:
-                    value, measured = pickle.loads(payload, buffers=buffers)
+                    value, measured = payload if type(payload) is tuple else pickle.loads(payload, buffers=buffers)
                 except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything
                     exc.add_note("The output of the job could not be rebuilt from what the worker sent.")
                     events.append(failed(job_id, exc, None, worker))

@@ -5,6 +5,7 @@
     | kind 1 | pad 1 | tag 2 | buffers n 4 | payload length 8 | n x (length 8) | payload | buffer … |
 
 A payload is a pickle; the buffers are the large arrays that it refers to, sent from and received into their own memory.
+Only a result that is a float or an int is no pickle, since packing five numbers takes a third of the time.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import socket
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
-__all__ = ["NUMBERS", "Frame", "FrameReader", "Kind", "frame", "small_frame", "small_frames"]
+from evalkit.metadata import Measured
+
+__all__ = ["NUMBERS", "Frame", "FrameReader", "Kind", "frame", "number_into", "small_frame", "small_frames"]
 
 _HEADER = struct.Struct("<BxHIQ")
 _LENGTH = struct.Struct("<Q")
@@ -40,14 +44,21 @@ class Kind(IntEnum):
     PROGRESS = 10  # (progress, phase)
     RECORD = 11  # values
     LOG = 12  # (where it ended in the file, JobLog): what the job printed; before its result
+    DONE_FLOAT = 14  # (output, measured), not pickled: 8 bytes for each number
+    DONE_INT = 15
 
+
+_DONE, _FLOAT, _INT = int(Kind.DONE), int(Kind.DONE_FLOAT), int(Kind.DONE_INT)
+#: After the header: the output, start, end, CPU time, peak memory.
+_NUMBER_FRAMES = {_FLOAT: struct.Struct(_HEADER.format + "ddddQ"), _INT: struct.Struct(_HEADER.format + "qdddQ")}
 
 #: What comes from a worker is numbered, modulo this.
 NUMBERS = 2**16
 
 #: (kind, tag, payload, buffers); a plain tuple, since there is one for each result. The tag says to a worker whether
-#: the first task needs no token; that from a worker is the number of the message.
-Frame = tuple[int, int, bytes | bytearray, tuple[memoryview, ...]]
+#: the first task needs no token; that from a worker is the number of the message. The payload is bytes; what a frame of
+#: a number holds is read already.
+Frame = tuple[int, int, Any, tuple[memoryview, ...]]
 
 
 def frame(kind: int, payload: bytes, buffers: Sequence[memoryview] = (), tag: int = 0) -> list[bytes | memoryview]:
@@ -70,10 +81,40 @@ def small_frames(data: bytes) -> list[Frame]:
     start = 0
     while start < len(data):
         kind, tag, _, length = _HEADER.unpack_from(data, start)
+        if kind in _NUMBER_FRAMES:
+            start = _read_numbers(frames, kind, memoryview(data), start, len(data))
+            continue
         body = start + _HEADER.size
         start = body + length
         frames.append((kind, tag, data[body:start], ()))
     return frames
+
+
+def number_into(memory: Any, start: int, value: float, measured: Measured, tag: int) -> int:
+    """Write the frame of a result that is a float or an int into a writable buffer.
+
+    Returns:
+        where it ends; 0 if it does not fit, there or into 8 bytes.
+    """
+    kind = _FLOAT if type(value) is float else _INT
+    layout = _NUMBER_FRAMES[kind]
+    try:
+        layout.pack_into(memory, start, kind, tag, 0, layout.size - _HEADER.size, value, *measured)
+    except struct.error:
+        return 0
+    return start + layout.size
+
+
+def _read_numbers(frames: list[Frame], kind: int, view: memoryview, start: int, end: int) -> int:
+    """Read the frames of one kind of numbers that follow each other; return where the last whole one ends."""
+    layout = _NUMBER_FRAMES[kind]
+    whole = (end - start) // layout.size * layout.size
+    for one, tag, _, _, value, begin, finish, cpu_time, peak in layout.iter_unpack(view[start : start + whole]):
+        if one != kind:
+            break
+        frames.append((_DONE, tag, (value, (begin, finish, cpu_time, peak)), ()))
+        start += layout.size
+    return start
 
 
 class FrameReader:
@@ -119,6 +160,11 @@ class FrameReader:
         header_size, unpack = _HEADER.size, _HEADER.unpack_from
         while end - start >= header_size:
             kind, tag, count, length = unpack(view, start)
+            if kind in _NUMBER_FRAMES:
+                begin, start = start, _read_numbers(frames, kind, view, start, end)
+                if start == begin:
+                    break
+                continue
             body = start + header_size
             if count == 0 and length <= end - body:
                 start = body + length

@@ -29,13 +29,14 @@ from evalkit.backends.process.outbox import Outbox
 from evalkit.backends.process.wire import NUMBERS, Frame, FrameReader, Kind, frame, small_frame
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
-from evalkit.running import SCALARS, RunningJob, is_coroutine_function
+from evalkit.running import RunningJob, is_coroutine_function
 
 __all__ = ["main"]
 
 _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _HOLD = 0.001  # seconds since the last send in which a result waits for others; the pool looks after twice that
-_TOGETHER = 16  # results in one send, at most
+_TOGETHER = 64  # results in one send, at most
+_NUMBERS = frozenset({float, int})
 _SMALL = 4096  # bytes of a result that may wait
 
 
@@ -151,23 +152,43 @@ class _Worker:
             self._sock.sendall(self._outbox.contents())
             self._outbox.clear()
 
-    def _send_result(self, kind: int, payload: bytes, buffers: list[memoryview]) -> None:
+    def _send_result(self, end: Done | Failed) -> None:
         """Send a result, now or, if there is more to come at once, with others. It counts from the moment on in which
         it is in the outbox, even if it cannot be sent.
         """
-        if self._is_fork:
-            return
+        measured = end.measured
+        if type(end) is Done and measured is not None and type(end.output) in _NUMBERS:
+            with self._sending:
+                if self._outbox.put_number(end.output, measured, self._next_number()):
+                    self._flush_if_due()
+                    return
+        kind, payload, buffers = self._packed(end)
         if not buffers and len(payload) < _SMALL:
             with self._sending:
                 if self._outbox.put(small_frame(kind, payload, self._next_number())):
-                    # The time after that, since the pool is to find it when it looks.
-                    now = time.time()
-                    if not self._tasks or not 0.0 <= now - self._sent < _HOLD or self._outbox.held >= _TOGETHER:
-                        self._flush()
-                        self._sent = now
+                    self._flush_if_due()
                     return
         self.send(kind, payload, buffers)
         self._sent = time.time()
+
+    def _packed(self, end: Done | Failed) -> tuple[int, bytes, list[memoryview]]:
+        """The kind, payload and buffers of a result."""
+        measured = end.measured
+        if isinstance(end, Failed):
+            return Kind.FAILED, pickle.dumps((end.error, measured), 5), []
+        try:
+            return Kind.DONE, *self._packer.pack((end.output, measured))
+        except SerializationError as exc:
+            # Of the output alone, so that the path starts at what the user returned.
+            error = describe(explain(end.output, "output", exc.__cause__ or exc))
+            return Kind.FAILED, pickle.dumps((error, measured), 5), []
+
+    def _flush_if_due(self) -> None:
+        """With the lock, and after what waits was put there, since the pool is to find it when it looks."""
+        now = time.time()
+        if not self._tasks or not 0.0 <= now - self._sent < _HOLD or self._outbox.held >= _TOGETHER:
+            self._flush()
+            self._sent = now
 
     def _receive(self) -> None:
         """Wait for what the pool has to say."""
@@ -276,33 +297,24 @@ class _Worker:
         self.send(Kind.READY, pickle.dumps(os.getpid(), 5))
 
     def _work(self, job_id: str, attempt: int, args: Any) -> None:
-        self._channel.begin(job_id)
-        if self._resources is not None:
-            os.environ.update(environment(self._resources))  # each time: jobs may have changed it
-        self._args = args
-        job = RunningJob({}, job_id, attempt, self._channel, self._state, self._resources)
-        end = self._meter.run(self._call, job, None)
+        channel, resources = self._channel, self._resources
+        channel.begin(job_id)
+        if resources is not None:
+            os.environ.update(environment(resources))  # each time: jobs may have changed it
+        if type(args) is dict and not self._is_async:
+            job = RunningJob(args, job_id, attempt, channel, self._state, resources)
+            end = self._meter.run(self._function, job, None)
+        else:
+            self._args = args
+            job = RunningJob({}, job_id, attempt, channel, self._state, resources)
+            end = self._meter.run(self._call, job, None)
         if self._is_fork:
             os._exit(0 if type(end) is Done else 1)
-        value: Any
-        kind, value = (Kind.FAILED, end.error) if isinstance(end, Failed) else (Kind.DONE, end.output)
-        measured = end.measured
-        self._channel.end()
-        self._stop.discard(job_id)
-        buffers: list[memoryview] = []
-        if kind == Kind.DONE and type(value) in SCALARS:
-            data = pickle.dumps((value, measured), 5)
-        elif kind == Kind.DONE:
-            try:
-                data, buffers = self._packer.pack((value, measured))
-            except SerializationError as exc:
-                # Of the output alone, so that the path starts at what the user returned.
-                cause = exc.__cause__ or exc
-                kind, value = Kind.FAILED, describe(explain(value, "output", cause))
-        if kind == Kind.FAILED:
-            data = pickle.dumps((value, measured), 5)
+        channel.end()
+        if self._stop:
+            self._stop.discard(job_id)
         self._collect_output()
-        self._send_result(kind, data, buffers)
+        self._send_result(end)
 
     def _call(self, job: RunningJob) -> Any:
         args, self._args = self._args, None
