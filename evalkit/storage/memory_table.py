@@ -36,6 +36,7 @@ def _code_of(state: JobState) -> int:
     return _code_of(JobState(state))
 
 
+_ONE, _ZERO, _NEVER = array("l", [1]), array("l", [0]), array("q", [0])
 _MAX_LOG_SIZE = 64 * 2**20  # characters of logs that a search keeps in memory
 
 
@@ -94,16 +95,16 @@ class Table:
         self._ids += ids
         self._args += args_list
         self._codes += bytes(n)
-        self._versions.extend([1] * n)
-        self._attempts.extend([0] * n)
+        self._versions += _ONE * n  # an array; a list would be taken one by one
+        self._attempts += _ZERO * n
         nothing = [None] * n
         self._outputs += nothing
         self._metadata += nothing
         self._workers += nothing
         self._owners += [owner] * n
-        self._birth.extend([time.time()] * n)
+        self._birth += array("d", [time.time()]) * n
         self._counts[_QUEUED] += n
-        self._last_change.extend([0] * n)
+        self._last_change += _NEVER * n
         self._log(numbers)
         return ids
 
@@ -228,11 +229,11 @@ class Table:
 
     def _log(self, numbers: Sequence[int]) -> None:
         last_change = self._last_change
-        changes = range(self._change + 1, self._change + 1 + len(numbers))
-        self._log_changes.extend(changes)
+        changes = array("q", range(self._change + 1, self._change + 1 + len(numbers)))
+        self._log_changes += changes
         self._log_numbers.extend(numbers)
         if isinstance(numbers, range):
-            last_change[numbers.start : numbers.stop] = array("q", changes)
+            last_change[numbers.start : numbers.stop] = changes
         else:
             for number, change in zip(numbers, changes, strict=True):
                 last_change[number] = change
