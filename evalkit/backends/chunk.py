@@ -41,6 +41,15 @@ _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _MAX_HELD_BYTES = 2**20  # of outputs, before they are sent
 _QUIET_TICKS = 20  # without anything to do, before the ticker sleeps until it is called
 _MAX_RESIDENTS = 4  # programs that a worker keeps ready
+_forks = 0  # that lead to this process: asking the system who we are takes as long as the rest of a look
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +144,11 @@ class _Resident:
         self.hold = setup.hold
         self.prompt = setup.prompt
         self.same_memory = not isinstance(setup.function, bytes)
-        self.pid = os.getpid()
+        self.forks = _forks
         self._worker_name = setup.worker_name
         self._of_thread = threading.local()
         self._unfit: BaseException | None = None
-        self._function: RunFunction | None = None
+        self._function: RunFunction = _not_rebuilt
         self._worker_init: Callable[[], Any] | None = None
         try:
             self._function = loads(setup.function) if isinstance(setup.function, bytes) else setup.function
@@ -178,12 +187,16 @@ class _Resident:
         return thread
 
 
+def _not_rebuilt(_job: RunningJob) -> Any:
+    raise RuntimeError("the run function could not be rebuilt in this worker")
+
+
 class _WorkerThread:
     """A thread that runs jobs: what it keeps from one to the next."""
 
     def __init__(
         self,
-        function: RunFunction | None,
+        function: RunFunction,
         worker_init: Callable[[], Any] | None,
         unfit: BaseException | None,
         worker: WorkerIdentity,
@@ -213,7 +226,7 @@ class _WorkerThread:
                 exc.add_note("The arguments of the job could not be rebuilt in the worker.")
                 return failed(job_id, exc, None, self.worker)
         job = RunningJob(args, job_id, attempt, channel, self._state, resources)
-        return self._meter.run(self._call, job, self.worker)
+        return self._meter.run(self._await if self._is_async else self._function, job, self.worker)
 
     def rest(self) -> None:
         """No job runs for now: a loop is not kept, since nobody may be there to close it later."""
@@ -221,11 +234,7 @@ class _WorkerThread:
             runner, self._runner = self._runner, None
             runner.close()
 
-    def _call(self, job: RunningJob) -> Any:
-        if self._function is None:
-            raise RuntimeError("a worker without a run function")
-        if not self._is_async:
-            return self._function(job)
+    def _await(self, job: RunningJob) -> Any:
         if self._runner is None:
             self._runner = asyncio.Runner()
         try:
@@ -299,13 +308,13 @@ class _ChunkRun:
             else:
                 end = self._run_with(self._resources[index], job_id, attempt, args)
             self._job_id = None
-            if os.getpid() != resident.pid:
+            if _forks != resident.forks:
                 os._exit(0)  # the user's function forked, and this is the child
             if self._progress is not None:
                 ended.append((Kind.PROGRESS, *self._progress))
                 self._progress = None
             ended.append(self._pack(index, end))
-            now = time.time()
+            now = (end.measured and end.measured[1]) or time.time()
             if now - sent > resident.hold or self._held_bytes > _MAX_HELD_BYTES:
                 if waiting:
                     self.flush()
@@ -420,7 +429,7 @@ class _ChunkRun:
 
     def _send(self, sayings: list[Saying]) -> bool:
         """With the lock: send it, or have it come with the result; say whether it was sent."""
-        if self._client is not None and os.getpid() == self._resident.pid:
+        if self._client is not None and _forks == self._resident.forks:
             message: Any = Message(self._number, sayings, self._thread.worker)
             try:
                 self._client.send(message if self._resident.same_memory else pack(message))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from evalkit.backends.base import Task
 from evalkit.backends.events import Done, Event, Failed, Progress, Recorded, Started, WorkerIdentity
 from evalkit.backends.execution import failed, recorded
 from evalkit.backends.serialization import Packer, loads
+from evalkit.errors import SerializationError
 from evalkit.job import JobCause
 from evalkit.running import own_copy
 
@@ -27,11 +29,13 @@ __all__ = [
     "Packed",
     "Saying",
     "pack",
-    "pack_task",
+    "pack_tasks",
     "read_saying",
     "unpack_message",
     "unpack_outcome",
 ]
+
+_MAX_CHUNK_BYTES = 2**20  # of arguments; who sends more in one job sends that job alone
 
 #: Types of which a value needs no pickle of its own.
 PLAIN = frozenset({bool, int, float, type(None)})
@@ -115,19 +119,35 @@ def unpack_outcome(data: bytes) -> Outcome:
 _packer = Packer("args", in_band=True)  # in band, so it keeps nothing and threads may share it
 
 
-def pack_task(index: int, task: Task, same_memory: bool) -> tuple[Entry, int]:
-    """A job as it travels, and about how many bytes that takes.
+def pack_tasks(
+    tasks: Sequence[Task], same_memory: bool
+) -> tuple[list[Entry], list[tuple[Task, SerializationError]], Sequence[Task]]:
+    """Jobs as they travel, indexed in this order.
 
-    Raises:
-        SerializationError: its arguments do not pickle.
+    Returns:
+        what goes into the chunk; the jobs whose arguments do not pickle, with why; those that are too many for it.
     """
-    args: Any = task.args
-    if same_memory:
-        return (index, task.id, task.attempt, own_copy(args)), 0
-    if PLAIN.issuperset(map(type, args.values())):
-        return (index, task.id, task.attempt, args), 0
-    args = Packed(_packer.pack(args)[0])
-    return (index, task.id, task.attempt, args), len(args)
+    parameters = [task.args for task in tasks]
+    if not same_memory and PLAIN.issuperset(map(type, chain.from_iterable(map(dict.values, parameters)))):
+        return [(index, task.id, task.attempt, task.args) for index, task in enumerate(tasks)], [], ()
+    entries: list[Entry] = []
+    bad: list[tuple[Task, SerializationError]] = []
+    size = 0
+    for index, task in enumerate(tasks):
+        if size > _MAX_CHUNK_BYTES:
+            return entries, bad, tasks[index:]
+        args: Any = task.args
+        if same_memory:
+            args = own_copy(args)
+        elif not PLAIN.issuperset(map(type, args.values())):
+            try:
+                args = Packed(_packer.pack(args)[0])
+            except SerializationError as exc:
+                bad.append((task, exc))
+                continue
+            size += len(args)
+        entries.append((index, task.id, task.attempt, args))
+    return entries, bad, ()
 
 
 def read_saying(job_id: str, saying: Saying, worker: WorkerIdentity) -> Event:

@@ -28,7 +28,15 @@ from typing import Any
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.batching import ChunkSizer
 from evalkit.backends.chunk import Program, Setup
-from evalkit.backends.chunk_wire import Kind, Message, Outcome, pack_task, read_saying, unpack_message, unpack_outcome
+from evalkit.backends.chunk_wire import (
+    Kind,
+    Message,
+    Outcome,
+    pack_tasks,
+    read_saying,
+    unpack_message,
+    unpack_outcome,
+)
 from evalkit.backends.events import Cancelled, Event, Failed, Lost, Released, Rerun, Started
 from evalkit.backends.execution import check_worker_init, describe, failed
 from evalkit.backends.executor_call import Call, Fault, Reach
@@ -43,7 +51,6 @@ __all__ = ["ExecutorBackend"]
 
 _log = logging.getLogger("evalkit")
 
-_MAX_CHUNK_BYTES = 2**20  # of arguments; who sends more in one job sends that job alone
 _DRAIN = 2.0  # seconds that the last words of a dead worker may take
 _LATE = 10.0  # seconds that a result waits for messages which were sent before it
 _EXIT_GRACE = 2.0  # seconds that jobs have when the program ends without a close
@@ -318,23 +325,13 @@ class ExecutorBackend(Backend):
             return None
         call = Call(self._next_number)
         same_memory = self.capabilities.same_memory
-        entries = []
-        total = 0
-        for position, task in enumerate(tasks):
-            if total > _MAX_CHUNK_BYTES:
-                self._waiting.extendleft(reversed(tasks[position:]))
-                break
-            try:
-                entry, size = pack_task(position, task, same_memory)
-            except SerializationError as exc:
-                events.append(failed(task.id, exc, None, None))
-                continue
-            entries.append(entry)
-            call.tasks[position] = task
-            total += size
+        entries, bad, left = pack_tasks(tasks, same_memory)
+        events += [failed(task.id, exc, None, None) for task, exc in bad]
+        self._waiting.extendleft(reversed(left))
         if not entries:
             self._trial = False
             return None
+        call.tasks = {entry[0]: tasks[entry[0]] for entry in entries}
         # Either all tasks have resources or none has.
         resources = {position: tasks[position].resources for position in call.tasks} if tasks[0].resources else None
         chunk = (call.number, entries, resources)
