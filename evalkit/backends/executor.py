@@ -39,7 +39,7 @@ from evalkit.backends.chunk_wire import (
 )
 from evalkit.backends.events import Cancelled, Event, Failed, Lost, Released, Rerun, Started
 from evalkit.backends.execution import check_worker_init, describe, failed
-from evalkit.backends.executor_call import Call, Fault, Reach
+from evalkit.backends.executor_call import Call, Fault, Reach, sort_out
 from evalkit.backends.executor_threads import Mender, before_executors_wait
 from evalkit.backends.loopback import LoopbackChannel
 from evalkit.backends.serialization import dumps
@@ -552,27 +552,11 @@ class ExecutorBackend(Backend):
 
     def _sort_out(self, calls: list[Call], fault: Fault, suspects: deque[Task]) -> list[Event]:
         """With the lock: tell of the jobs whose fault it was; the others run again."""
-        events: list[Event] = []
-        killed = False
-        for call in calls:
-            for index in call.doomed & call.tasks.keys():
-                killed = True
-                error = ErrorInfo("Killed", "it was ended by force")
-                events.append(Failed(call.tasks.pop(index).id, JobCause.LOST, error))
-        tasks = [task for call in calls for task in call.tasks.values()]
-        told = len(events)
-        if killed:
-            self._waiting.extendleft(reversed(_again(calls, events)))
-        elif fault.cause is JobCause.LOST:
-            events += [Lost(task.id, str(fault.error)) for task in tasks]
-        elif len(tasks) == 1:
-            if not any(call.started & call.tasks.keys() for call in calls):
-                events.append(Started(tasks[0].id, time.time()))  # it ended before that could be said
-            events.append(Failed(tasks[0].id, fault.cause, fault.error))
-        else:
-            suspects.extend(_again(calls, events))
+        events, innocent, suspected = sort_out(calls, fault)
+        self._waiting.extendleft(reversed(innocent))
+        suspects.extend(suspected)
         # Whoever starts them again must not be quicker than the news that the last run does not count.
-        self._untold += any(isinstance(event, Rerun) for event in events[told:])
+        self._untold += any(isinstance(event, Rerun) for event in events)
         return events
 
 
@@ -582,20 +566,6 @@ def _remove(queue: deque[Task], job_id: str) -> bool:
             queue.remove(task)
             return True
     return False
-
-
-def _again(calls: list[Call], events: list[Event]) -> list[Task]:
-    """The jobs of these calls that run again; what is to be told of that, and of the others, is in the events."""
-    tasks = []
-    for call in calls:
-        for index, task in call.tasks.items():
-            if index in call.asked:
-                events.append(Cancelled(task.id))
-                continue
-            if index in call.started:
-                events.append(Rerun(task.id))
-            tasks.append(task)
-    return tasks
 
 
 def _name_of_thread() -> str:

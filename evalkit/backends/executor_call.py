@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from enum import Enum
@@ -9,11 +11,11 @@ from typing import Any
 
 from evalkit.backends.base import Task
 from evalkit.backends.chunk_wire import Outcome
-from evalkit.backends.events import Event
+from evalkit.backends.events import Cancelled, Event, Failed, Lost, Rerun, Started
 from evalkit.backends.side_channel import SideChannel
 from evalkit.job import ErrorInfo, JobCause
 
-__all__ = ["Call", "Fault", "Reach"]
+__all__ = ["Call", "Fault", "Reach", "sort_out"]
 
 
 class Reach(Enum):
@@ -91,3 +93,44 @@ class Call:
         if index not in self.asked and channel is not None:
             channel.request_stop(self.number + index)
         self.asked.add(index)
+
+
+def sort_out(calls: Sequence[Call], fault: Fault) -> tuple[list[Event], list[Task], list[Task]]:
+    """What becomes of the jobs in calls that failed together.
+
+    Returns:
+        what is to be told; the jobs that run again since it was another's fault; those that do so since any of them may
+        be to blame.
+    """
+    killed = ErrorInfo("Killed", "it was ended by force")
+    events: list[Event] = [
+        Failed(call.tasks.pop(index).id, JobCause.LOST, killed)
+        for call in calls
+        for index in call.doomed & call.tasks.keys()
+    ]
+    if events:
+        return events, _again(calls, events), []
+    tasks = [task for call in calls for task in call.tasks.values()]
+    if fault.cause is JobCause.LOST:
+        return [Lost(task.id, str(fault.error)) for task in tasks], [], []
+    if len(tasks) != 1:
+        return events, [], _again(calls, events)
+    (culprit,) = tasks
+    if not any(call.started & call.tasks.keys() for call in calls):
+        events.append(Started(culprit.id, time.time()))  # it ended before that could be said
+    events.append(Failed(culprit.id, fault.cause, fault.error))
+    return events, [], []
+
+
+def _again(calls: Sequence[Call], events: list[Event]) -> list[Task]:
+    """The jobs of these calls that run again; what is to be told of that, and of the others, is in the events."""
+    tasks = []
+    for call in calls:
+        for index, task in call.tasks.items():
+            if index in call.asked:
+                events.append(Cancelled(task.id))
+                continue
+            if index in call.started:
+                events.append(Rerun(task.id))
+            tasks.append(task)
+    return tasks
