@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ __all__ = [
     "are_plain",
     "call_with_kwargs",
     "is_coroutine_function",
-    "own_copies",
     "own_copy",
 ]
 
@@ -156,13 +155,6 @@ def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
         return {key: _own(value, memo) for key, value in parameters.items()}
     except RecursionError:  # nested deeper than Python counts: shared rather than refused
         return parameters.copy()
-
-
-def own_copies(parameters: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What :func:`own_copy` makes of each of these; in one go where that is simple."""
-    if are_plain(parameters):
-        return list(map(dict.copy, parameters))
-    return list(map(own_copy, parameters))
 
 
 def _own(value: Any, memo: dict[int, Any]) -> Any:

@@ -24,10 +24,10 @@ from evalkit.backends.events import (
     Started,
     WorkerIdentity,
 )
-from evalkit.backends.execution import LocalChannel, entries_of, failed, identity, take_all
+from evalkit.backends.execution import LocalChannel, failed, identity, take_all
 from evalkit.errors import BackendError
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import RunningJob
+from evalkit.running import RunningJob, own_copy
 
 __all__ = ["AsyncBackend", "RunFailedError", "RunLostError"]
 
@@ -91,7 +91,7 @@ class AsyncBackend(Backend):
     def __init__(self, num_workers: int) -> None:
         super().__init__(num_workers)
         # What waits, with its arguments, and in which order. Whoever pops a task has it.
-        self._waiting: dict[str, tuple[Task, dict[str, Any]]] = {}
+        self._waiting: dict[str, Task] = {}
         self._order: deque[str] = deque()
         self._events: deque[Event] = deque()
         self._begun: dict[str, float] = {}  # what runs, and nobody was told of: id -> since when
@@ -146,9 +146,9 @@ class AsyncBackend(Backend):
             raise BackendError(f"{type(self).__name__} cannot start: {type(exc).__name__}: {exc}") from exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        entries = entries_of(tasks)
-        self._waiting.update(entries)
-        self._order.extend(entries)
+        ids = [task.id for task in tasks]
+        self._waiting.update(zip(ids, tasks, strict=True))
+        self._order.extend(ids)
         self._loop.call_soon_threadsafe(self._fill_lanes)
 
     def cancel(self, job_id: str, kill: bool) -> None:
@@ -236,12 +236,11 @@ class AsyncBackend(Backend):
         brief = False
         while order:
             job_id = order.popleft()
-            entry = waiting.get(job_id)
-            if entry is None:
+            task = waiting.get(job_id)
+            if task is None:
                 continue  # it was cancelled
-            task, args = entry
             run = _Run(self._say, task, me, self._worker)
-            run.job = job = RunningJob(args, job_id, task.attempt, run, None, task.resources)
+            run.job = job = RunningJob(own_copy(task.args), job_id, task.attempt, run, None, task.resources)
             running[job_id] = run
             # Only now, so that a cancel finds it in one place or the other.
             if waiting.pop(job_id, None) is None:

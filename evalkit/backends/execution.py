@@ -7,20 +7,18 @@ import os
 import socket
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from evalkit.backends.base import Emit, Task
+from evalkit.backends.base import Emit
 from evalkit.backends.events import Failed, Measured, Progress, Recorded, WorkerIdentity
 from evalkit.job import ErrorInfo, JobCause
-from evalkit.running import own_copies
 
 __all__ = [
     "LocalChannel",
     "check_worker_init",
     "describe",
-    "entries_of",
     "environment",
     "failed",
     "identity",
@@ -73,12 +71,6 @@ def recorded(job_id: str, rebuild: Callable[[], dict[str, Any]]) -> Recorded:
         return Recorded(job_id, rebuild())
     except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything; a record does not fail the job
         return Recorded(job_id, {"evalkit_error": f"these values could not be rebuilt: {type(exc).__name__}: {exc}"})
-
-
-def entries_of(tasks: Sequence[Task]) -> dict[str, tuple[Task, dict[str, Any]]]:
-    """Tasks that are to wait, by their ids, each with the arguments of its run."""
-    copies = own_copies([task.args for task in tasks])
-    return {task.id: (task, args) for task, args in zip(tasks, copies, strict=True)}
 
 
 def check_worker_init(worker_init: Any) -> None:

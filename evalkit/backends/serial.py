@@ -12,10 +12,10 @@ from typing import Any
 from evalkit.backends.asynchronous import AsyncBackend
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
-from evalkit.backends.execution import LocalChannel, check_worker_init, entries_of, failed, identity, take_all, visible
+from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, take_all, visible
 from evalkit.backends.meter import Meter
 from evalkit.interrupts import InterruptHeard, InterruptHeld
-from evalkit.running import RunningJob, is_coroutine_function
+from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
 __all__ = ["SerialBackend"]
 
@@ -99,8 +99,7 @@ class _Inline(Backend):
         self._worker_init = worker_init
         self._state: Any = None
         self._unfit: BaseException | None = None
-        # What waits, with its arguments, and in which order. Whoever pops a task has it.
-        self._waiting: dict[str, tuple[Task, dict[str, Any]]] = {}
+        self._waiting: dict[str, Task] = {}  # whoever pops a task has it
         self._order: deque[str] = deque()
         self._channels: dict[str, LocalChannel] = {}  # of what runs; more than one where a job gathers others
         self._busy = threading.RLock()
@@ -124,9 +123,9 @@ class _Inline(Backend):
                 self._unfit = exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        entries = entries_of(tasks)
-        self._waiting.update(entries)
-        self._order.extend(entries)
+        ids = [task.id for task in tasks]
+        self._waiting.update(zip(ids, tasks, strict=True))
+        self._order.extend(ids)
 
     def cancel(self, job_id: str, kill: bool) -> None:
         if self._waiting.pop(job_id, None) is not None:
@@ -178,11 +177,10 @@ class _Inline(Backend):
                 job_id = order.popleft()
                 # Before it is taken, so that a cancel finds it in one place or the other.
                 channels[job_id] = channel = LocalChannel(self._say)
-                entry = waiting.pop(job_id, None)
-                if entry is None:
+                task = waiting.pop(job_id, None)
+                if task is None:
                     del channels[job_id]
                     continue  # it was cancelled
-                task, args = entry
                 ran += 1
                 if self._brief:
                     self._running = job_id
@@ -194,7 +192,9 @@ class _Inline(Backend):
                     try:
                         interrupts.in_job = True
                         if self._unfit is None:
-                            job = RunningJob(args, job_id, task.attempt, channel, self._state, task.resources)
+                            job = RunningJob(
+                                own_copy(task.args), job_id, task.attempt, channel, self._state, task.resources
+                            )
                             end = meter.run(self._call if task.resources else self._function, job, worker)
                         else:
                             end = failed(job_id, self._unfit, None, worker)

@@ -11,7 +11,7 @@ from evalkit.backends.base import Backend
 from evalkit.callbacks.base import Callback
 from evalkit.errors import ParametersError
 from evalkit.plugins import close_match, plugins
-from evalkit.running import are_plain, own_copies, own_copy
+from evalkit.running import are_plain, own_copy
 from evalkit.storage.base import Storage
 from evalkit.storage.memory import MemoryStorage
 
@@ -78,7 +78,7 @@ def copies_of(args_list: Sequence[Any]) -> Iterator[Sequence[dict[str, Any]]]:
     if _DICT.issuperset(map(type, args_list)) and _STR.issuperset(map(type, chain.from_iterable(args_list))):
         if are_plain(args_list):
             return (list(map(dict.copy, portion)) for portion in portions_of(args_list))
-        return portions_of(own_copies(args_list))
+        return portions_of(list(map(own_copy, args_list)))
     return portions_of([parameters_of(args, index) for index, args in enumerate(args_list)])
 
 
