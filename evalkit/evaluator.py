@@ -22,16 +22,15 @@ from evalkit.engine.arguments import (
     check_callbacks,
     check_run_function,
     check_seconds,
-    copies_of,
     entries_of,
     is_int,
     make_backend,
     open_storage,
-    portions_of,
+    parameters_of_all,
 )
 from evalkit.engine.budget import Budget
 from evalkit.engine.clock import Clock
-from evalkit.engine.drawing import Drawer
+from evalkit.engine.drawing import Drawer, chunks_of
 from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
 from evalkit.engine.resources import Resources, check_resources
@@ -227,30 +226,26 @@ class Evaluator:
         self._budget.check_open()
         if type(args_list) is not list and not isinstance(entries_of(args_list), Sequence):
             clock = None if self._backend.runs_in_caller else self._slow_timers
-            return Drawer(self._check_room, self._submit_chunk, clock).draw(args_list)
-        entries = list(args_list)
-        return self._submit_all(len(entries), copies_of(entries))
+            return Drawer(self._check_room, self._submit_all, clock).draw(args_list)
+        return self._submit_all(parameters_of_all(list(args_list)))
 
     def _check_room(self, n: int) -> None:
         self._budget.check_room(n, self._submitted)
 
-    def _submit_chunk(self, copies: list[dict[str, Any]]) -> list[Job]:
-        return self._submit_all(len(copies), portions_of(copies))
-
-    def _submit_all(self, n: int, portions: Iterable[Sequence[dict[str, Any]]]) -> list[Job]:
-        """Submit n jobs with these parameters, which are theirs: all of them or none, unless the storage fails."""
+    def _submit_all(self, copies: list[dict[str, Any]]) -> list[Job]:
+        """Submit jobs with these parameters, which are theirs: all of them or none, unless the storage fails."""
         with InterruptHeld(), self._submitting:
-            self._check_room(n)
-            self._submitted += n  # callbacks may submit while this goes on
+            self._check_room(len(copies))
+            self._submitted += len(copies)  # callbacks may submit while this goes on
             jobs: list[Job] = []
             try:
-                for copies in portions:
-                    jobs += self._admit(copies, begun=bool(jobs))
+                for chunk in chunks_of(copies):
+                    jobs += self._admit(chunk, begun=bool(jobs))
             finally:
-                self._submitted -= n - len(jobs)
+                self._submitted -= len(copies) - len(jobs)
             return jobs
 
-    def _admit(self, copies: Sequence[dict[str, Any]], *, begun: bool) -> list[Job]:
+    def _admit(self, copies: list[dict[str, Any]], *, begun: bool) -> list[Job]:
         """Create the jobs of these parameters and start what can start."""
         ids = self._storage.create_jobs(self._search_id, copies, owner=self._owner)
         scheduler = self._scheduler

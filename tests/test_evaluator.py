@@ -433,6 +433,25 @@ def _spoil(job: RunningJob) -> Any:
     return job["x"]
 
 
+@pytest.mark.parametrize("method", ["serial", "thread"])
+def test_a_list_is_copied_before_the_first_of_its_jobs_is_seen(method: str) -> None:
+    parameters = [{"x": x} for x in range(5000)]
+    seen = threading.Event()
+
+    class Changes(Callback):
+        def on_launch(self, job: Job) -> None:
+            parameters[-1]["x"] = "changed"
+            seen.set()
+
+    def run(job: RunningJob) -> Any:
+        assert seen.wait(BOUND)
+        return job["x"]
+
+    with Evaluator.create(run, method, {"callbacks": [Changes()]}) as evaluator:
+        evaluator.submit(parameters)
+        assert [job.output for job in evaluator.gather("ALL")] == list(range(5000))
+
+
 def test_no_job_of_a_slow_generator_waits_for_the_next(files: Files) -> None:
     with Evaluator.create(hold, "thread") as evaluator:
 

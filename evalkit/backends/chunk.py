@@ -41,15 +41,6 @@ _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _MAX_HELD_BYTES = 2**20  # of outputs, before they are sent
 _QUIET_TICKS = 20  # without anything to do, before the ticker sleeps until it is called
 _MAX_RESIDENTS = 4  # programs that a worker keeps ready
-_forks = 0  # that lead to this process: asking the system who we are takes as long as the rest of a look
-
-
-def _note_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(after_in_child=_note_fork)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +135,7 @@ class _Resident:
         self.hold = setup.hold
         self.prompt = setup.prompt
         self.same_memory = not isinstance(setup.function, bytes)
-        self.forks = _forks
+        self.pid = os.getpid()
         self._worker_name = setup.worker_name
         self._of_thread = threading.local()
         self._unfit: BaseException | None = None
@@ -188,6 +179,7 @@ class _Resident:
 
 
 def _not_rebuilt(_job: RunningJob) -> Any:
+    """In place of the run function, where it is said to each job that there is none."""
     raise RuntimeError("the run function could not be rebuilt in this worker")
 
 
@@ -308,7 +300,7 @@ class _ChunkRun:
             else:
                 end = self._run_with(self._resources[index], job_id, attempt, args)
             self._job_id = None
-            if _forks != resident.forks:
+            if os.getpid() != resident.pid:
                 os._exit(0)  # the user's function forked, and this is the child
             if self._progress is not None:
                 ended.append((Kind.PROGRESS, *self._progress))
@@ -429,7 +421,7 @@ class _ChunkRun:
 
     def _send(self, sayings: list[Saying]) -> bool:
         """With the lock: send it, or have it come with the result; say whether it was sent."""
-        if self._client is not None and _forks == self._resident.forks:
+        if self._client is not None and os.getpid() == self._resident.pid:
             message: Any = Message(self._number, sayings, self._thread.worker)
             try:
                 self._client.send(message if self._resident.same_memory else pack(message))

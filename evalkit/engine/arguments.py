@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,21 +16,16 @@ from evalkit.storage.base import Storage
 from evalkit.storage.memory import MemoryStorage
 
 __all__ = [
-    "CHUNK",
     "check_callbacks",
     "check_run_function",
     "check_seconds",
-    "copies_of",
     "entries_of",
     "is_int",
     "make_backend",
     "open_storage",
     "parameters_of",
-    "portions_of",
+    "parameters_of_all",
 ]
-
-CHUNK = 4096  #: jobs that go through submit at a time, at most
-_FIRST = 128  # of a list; twice as many each time, so that workers start early
 
 _DICT, _STR = frozenset({dict}), frozenset({str})
 
@@ -68,27 +63,11 @@ def parameters_of(args: Any, index: int) -> dict[str, Any]:
     return own_copy(args)
 
 
-def copies_of(args_list: Sequence[Any]) -> Iterator[Sequence[dict[str, Any]]]:
-    """What :func:`parameters_of` makes of each of these, in the portions in which they are submitted. Plain ones are
-    copied when it is their turn, so that the first need not wait for the last.
-
-    Raises:
-        ParametersError: at once, whichever of them it is.
-    """
+def parameters_of_all(args_list: Sequence[Any]) -> list[dict[str, Any]]:
+    """What :func:`parameters_of` makes of each of these; in one go where that is simple."""
     if _DICT.issuperset(map(type, args_list)) and _STR.issuperset(map(type, chain.from_iterable(args_list))):
-        if are_plain(args_list):
-            return (list(map(dict.copy, portion)) for portion in portions_of(args_list))
-        return portions_of(list(map(own_copy, args_list)))
-    return portions_of([parameters_of(args, index) for index, args in enumerate(args_list)])
-
-
-def portions_of(entries: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
-    """Parameters of many jobs in the portions in which they are submitted."""
-    start, size = 0, _FIRST
-    while start < len(entries):
-        yield entries[start : start + size]
-        start += size
-        size = min(2 * size, CHUNK)
+        return list(map(dict.copy, args_list)) if are_plain(args_list) else list(map(own_copy, args_list))
+    return [parameters_of(args, index) for index, args in enumerate(args_list)]
 
 
 def entries_of(args_list: Any) -> Iterable[Any]:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from evalkit.engine.arguments import CHUNK, parameters_of
+from evalkit.engine.arguments import parameters_of
 from evalkit.engine.clock import Clock
 from evalkit.job import Job
 
-__all__ = ["Drawer"]
+__all__ = ["Drawer", "chunks_of"]
 
+_FIRST = 128  # jobs that go through submit at a time; twice as many each time, so that workers start early
+_CHUNK = 4096  # at most
 _WAIT = 0.02  # seconds that a job may wait for the next ones of a slow iterable
+
+
+def chunks_of(copies: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The parameters of many jobs in the portions in which they are submitted."""
+    start, size = 0, _FIRST
+    while start < len(copies):
+        yield copies[start : start + size]
+        start += size
+        size = min(2 * size, _CHUNK)
 
 
 class Drawer:
@@ -67,7 +78,7 @@ class Drawer:
                 self._due = time.monotonic() + _WAIT
                 if self._clock is not None:
                     self._clock.call_later(_WAIT, self._admit_late, self._due)
-            elif len(self._chunk) >= CHUNK or time.monotonic() >= self._due:
+            elif len(self._chunk) >= _CHUNK or time.monotonic() >= self._due:
                 self._admit_chunk()
 
     def _admit_late(self, due: float) -> None:

@@ -22,7 +22,17 @@ from process_fixtures import FakeTask, Make, gather
 from evalkit import JobCause, JobState, RunningJob
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.outbox import Outbox, OutboxReader
-from evalkit.backends.process.wire import NUMBERS, FrameReader, Kind, frame, number_into, small_frame
+from evalkit.backends.process.wire import (
+    NUMBER_BYTES,
+    NUMBERS,
+    SMALL_BYTES,
+    FrameReader,
+    Kind,
+    frame,
+    is_number,
+    number_into,
+    small_frame,
+)
 from evalkit.backends.process.worker import _Worker
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
 
@@ -70,14 +80,17 @@ def _tiny_or_long(job: RunningJob) -> int:
         Path(job["started"]).touch()
         while not os.path.exists(job["release"]):
             os.sched_yield()
-    return job["x"]
+    return _OUTPUTS[job["what"]] if "what" in job else job["x"]
 
 
-@pytest.mark.parametrize("how", ["waits", "sleeps in C"])
-def test_a_long_job_does_not_hold_up_the_results_before_it(make: Make, files: Files, how: str) -> None:
+_OUTPUTS = {"an int": 1, "a huge int": 2**64, "a float": 0.5, "None": None, "a text": "x" * 3000, "a tuple": (1, 2)}
+
+
+@pytest.mark.parametrize(("how", "what"), [("sleeps in C", "an int"), *(("waits", what) for what in _OUTPUTS)])
+def test_a_long_job_does_not_hold_up_the_results_before_it(make: Make, files: Files, how: str, what: str) -> None:
     evaluator = make(_tiny_or_long, num_workers=1)
     for n in range(20):
-        tiny = evaluator.submit([{"x": x} for x in range(30 + n)])
+        tiny = evaluator.submit([{"x": x, "what": what} for x in range(30 + 5 * n)])
         (long,) = evaluator.submit([files.holder(str(n), x=-1, how=how)])
         gathered: list[object] = []
         while len(gathered) < len(tiny):
@@ -277,26 +290,31 @@ def test_what_is_in_an_outbox(ends: tuple[Outbox, OutboxReader]) -> None:
     assert seen() == [3]
 
 
-def test_an_outbox_that_is_full_takes_nothing_more(ends: tuple[Outbox, OutboxReader]) -> None:
+def test_an_outbox_says_how_much_it_takes(ends: tuple[Outbox, OutboxReader]) -> None:
     outbox, reader = ends
-    while outbox.put(small_frame(Kind.DONE, bytes(4000))):
-        pass
+    result = small_frame(Kind.DONE, bytes(4000))
+    assert len(result) == SMALL_BYTES + 4000
+    while outbox.room >= len(result):
+        outbox.put(result)
+    while outbox.room >= NUMBER_BYTES:
+        outbox.put_number(1, _MEASURED, 4)
     assert len(reader.read()) == outbox.held
-    assert 15 <= outbox.held <= 17
+    assert outbox.held > 16
+    outbox.clear()
+    assert outbox.room > 16 * len(result)
 
 
-def test_an_outbox_takes_numbers_that_fit(ends: tuple[Outbox, OutboxReader]) -> None:
+def test_numbers_in_an_outbox(ends: tuple[Outbox, OutboxReader]) -> None:
     outbox, reader = ends
-    assert not outbox.put_number(2**63, _MEASURED, 0)
-    assert outbox.put_number(-(2**63), _MEASURED, 1)
+    assert list(map(is_number, [0, -(2**63), 2**63 - 1, 2**63, -(2**63) - 1, True, None, 0.5, math.nan, "1"])) == (
+        [True, True, True, False, False, False, False, True, True, False]
+    )
+    outbox.put_number(-(2**63), _MEASURED, 1)
     outbox.put(small_frame(Kind.DONE, b"between", 2))
-    assert outbox.put_number(-0.0, _MEASURED, 3)
+    outbox.put_number(-0.0, _MEASURED, 3)
     assert repr([payload for _, _, payload, _ in reader.read()]) == repr(
         [(-(2**63), _MEASURED), b"between", (-0.0, _MEASURED)]
     )
-    while outbox.put_number(1, _MEASURED, 4):
-        pass
-    assert len(reader.read()) == outbox.held
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -311,7 +329,8 @@ def test_results_come_out_as_they_went_in_whatever_the_pieces(seed: int) -> None
         if kind in ("float", "int"):
             value = rng.uniform(-1, 1) if kind == "float" else rng.randrange(-(2**63), 2**63)
             measured = (rng.random(), rng.random(), rng.random(), rng.randrange(2**63))
-            stream += memory[7 : number_into(memory, 7, value, measured, tag)]
+            number_into(memory, 7, value, measured, tag)
+            stream += memory[7 : 7 + NUMBER_BYTES]
             sent.append((Kind.DONE, tag, (value, measured), ()))
             continue
         payload = rng.randbytes(rng.choice([0, 1, 40, 5000, 300_000 if tag % 50 == 0 else 2]))

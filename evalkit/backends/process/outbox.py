@@ -15,7 +15,7 @@ import mmap
 import os
 import tempfile
 
-from evalkit.backends.process.wire import Frame, number_into, small_frames
+from evalkit.backends.process.wire import NUMBER_BYTES, Frame, number_into, small_frames
 from evalkit.metadata import Measured
 
 __all__ = ["Outbox", "OutboxReader"]
@@ -38,24 +38,25 @@ class Outbox:
         self._end = _START
         self.held = 0
 
-    def put(self, frame: bytes) -> bool:
-        """Add a result; say whether there was room for it."""
-        start, end = self._end, self._end + len(frame)
-        if end > _SIZE:
-            return False
-        self._memory[start:end] = frame
+    @property
+    def room(self) -> int:
+        """Bytes that it takes before it has to be sent."""
+        return _SIZE - self._end
+
+    def put(self, frame: bytes) -> None:
+        """Add a result, for which there is room."""
+        end = self._end + len(frame)
+        self._memory[self._end : end] = frame
+        self._put_until(end)
+
+    def put_number(self, value: float, measured: Measured, tag: int) -> None:
+        """Add a result that is a number, for which there is room."""
+        number_into(self._memory, self._end, value, measured, tag)
+        self._put_until(self._end + NUMBER_BYTES)
+
+    def _put_until(self, end: int) -> None:
         self._end = self._ends[0] = end  # only now is it there
         self.held += 1
-        return True
-
-    def put_number(self, value: float, measured: Measured, tag: int) -> bool:
-        """Add a result that is a float or an int; say whether there was room for it."""
-        end = number_into(self._memory, self._end, value, measured, tag)
-        if not end:
-            return False
-        self._end = self._ends[0] = end
-        self.held += 1
-        return True
 
     def contents(self) -> bytes:
         """All of it, as it goes through the socket."""

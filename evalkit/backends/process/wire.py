@@ -18,7 +18,19 @@ from typing import Any
 
 from evalkit.metadata import Measured
 
-__all__ = ["NUMBERS", "Frame", "FrameReader", "Kind", "frame", "number_into", "small_frame", "small_frames"]
+__all__ = [
+    "NUMBERS",
+    "NUMBER_BYTES",
+    "SMALL_BYTES",
+    "Frame",
+    "FrameReader",
+    "Kind",
+    "frame",
+    "is_number",
+    "number_into",
+    "small_frame",
+    "small_frames",
+]
 
 _HEADER = struct.Struct("<BxHIQ")
 _LENGTH = struct.Struct("<Q")
@@ -51,6 +63,8 @@ class Kind(IntEnum):
 _DONE, _FLOAT, _INT = int(Kind.DONE), int(Kind.DONE_FLOAT), int(Kind.DONE_INT)
 #: After the header: the output, start, end, CPU time, peak memory.
 _NUMBER_FRAMES = {_FLOAT: struct.Struct(_HEADER.format + "ddddQ"), _INT: struct.Struct(_HEADER.format + "qdddQ")}
+NUMBER_BYTES = _NUMBER_FRAMES[_INT].size
+SMALL_BYTES = _HEADER.size  #: of a small frame, beside its payload
 
 #: What comes from a worker is numbered, modulo this.
 NUMBERS = 2**16
@@ -90,30 +104,26 @@ def small_frames(data: bytes) -> list[Frame]:
     return frames
 
 
-def number_into(memory: Any, start: int, value: float, measured: Measured, tag: int) -> int:
-    """Write the frame of a result that is a float or an int into a writable buffer.
+def is_number(value: Any) -> bool:
+    """Whether a result is a number that :func:`number_into` can write."""
+    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
 
-    Returns:
-        where it ends; 0 if it does not fit, there or into 8 bytes.
-    """
+
+def number_into(memory: Any, start: int, value: float, measured: Measured, tag: int) -> None:
+    """Write the frame of a result that is a number into a writable buffer, where it takes ``NUMBER_BYTES``."""
     kind = _FLOAT if type(value) is float else _INT
-    layout = _NUMBER_FRAMES[kind]
-    try:
-        layout.pack_into(memory, start, kind, tag, 0, layout.size - _HEADER.size, value, *measured)
-    except struct.error:
-        return 0
-    return start + layout.size
+    _NUMBER_FRAMES[kind].pack_into(memory, start, kind, tag, 0, NUMBER_BYTES - _HEADER.size, value, *measured)
 
 
 def _read_numbers(frames: list[Frame], kind: int, view: memoryview, start: int, end: int) -> int:
     """Read the frames of one kind of numbers that follow each other; return where the last whole one ends."""
-    layout = _NUMBER_FRAMES[kind]
-    whole = (end - start) // layout.size * layout.size
-    for one, tag, _, _, value, begin, finish, cpu_time, peak in layout.iter_unpack(view[start : start + whole]):
+    whole = (end - start) // NUMBER_BYTES * NUMBER_BYTES
+    records = _NUMBER_FRAMES[kind].iter_unpack(view[start : start + whole])
+    for one, tag, _, _, value, begin, finish, cpu_time, peak in records:
         if one != kind:
             break
         frames.append((_DONE, tag, (value, (begin, finish, cpu_time, peak)), ()))
-        start += layout.size
+        start += NUMBER_BYTES
     return start
 
 

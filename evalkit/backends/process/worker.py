@@ -26,17 +26,26 @@ from evalkit.backends.execution import describe, environment
 from evalkit.backends.meter import Meter
 from evalkit.backends.process.capture import Capture, flush_all
 from evalkit.backends.process.outbox import Outbox
-from evalkit.backends.process.wire import NUMBERS, Frame, FrameReader, Kind, frame, small_frame
+from evalkit.backends.process.wire import (
+    NUMBER_BYTES,
+    NUMBERS,
+    SMALL_BYTES,
+    Frame,
+    FrameReader,
+    Kind,
+    frame,
+    is_number,
+    small_frame,
+)
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
-from evalkit.running import RunningJob, is_coroutine_function
+from evalkit.running import SCALARS, RunningJob, is_coroutine_function
 
 __all__ = ["main"]
 
 _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _HOLD = 0.001  # seconds since the last send in which a result waits for others; the pool looks after twice that
 _TOGETHER = 64  # results in one send, at most
-_NUMBERS = frozenset({float, int})
 _SMALL = 4096  # bytes of a result that may wait
 
 
@@ -157,25 +166,36 @@ class _Worker:
         it is in the outbox, even if it cannot be sent.
         """
         measured = end.measured
-        if type(end) is Done and measured is not None and type(end.output) in _NUMBERS:
+        if type(end) is Done and measured is not None and is_number(end.output):
             with self._sending:
-                if self._outbox.put_number(end.output, measured, self._next_number()):
-                    self._flush_if_due()
-                    return
+                self._make_room(NUMBER_BYTES)
+                self._outbox.put_number(end.output, measured, self._next_number())
+                self._flush_if_due()
+            return
         kind, payload, buffers = self._packed(end)
-        if not buffers and len(payload) < _SMALL:
-            with self._sending:
-                if self._outbox.put(small_frame(kind, payload, self._next_number())):
-                    self._flush_if_due()
-                    return
-        self.send(kind, payload, buffers)
-        self._sent = time.time()
+        if buffers or len(payload) >= _SMALL:
+            self.send(kind, payload, buffers)
+            self._sent = time.time()
+            return
+        with self._sending:
+            self._make_room(SMALL_BYTES + len(payload))
+            self._outbox.put(small_frame(kind, payload, self._next_number()))
+            self._flush_if_due()
+
+    def _make_room(self, size: int) -> None:
+        """With the lock, and before a number is drawn: while one is missing, the pool takes nothing out of the outbox,
+        since what comes before may be on its way.
+        """
+        if self._outbox.room < size:
+            self._flush()
 
     def _packed(self, end: Done | Failed) -> tuple[int, bytes, list[memoryview]]:
         """The kind, payload and buffers of a result."""
         measured = end.measured
         if isinstance(end, Failed):
             return Kind.FAILED, pickle.dumps((end.error, measured), 5), []
+        if type(end.output) in SCALARS:
+            return Kind.DONE, pickle.dumps((end.output, measured), 5), []
         try:
             return Kind.DONE, *self._packer.pack((end.output, measured))
         except SerializationError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -192,6 +193,20 @@ def test_a_worker_that_forks_may_die_like_any_other(make: Make, files: Files) ->
     finally:
         os.kill(int(files.wait("child")), 9)
     assert (job.cause, job.error and job.error.exit_code) == (JobCause.CRASH, 3)
+
+
+def _forks_in_c(job: Any) -> bool:
+    child = ctypes.PyDLL(None).fork() if job["x"] == 5 else None
+    if child:
+        os.waitpid(child, 0)
+    return child == 0
+
+
+def test_a_fork_that_python_is_not_told_of_does_not_answer_for_the_worker(make: Make) -> None:
+    evaluator = make(_forks_in_c, num_workers=1)
+    jobs = evaluator.submit([{"x": x} for x in range(20)])
+    assert evaluator.gather("ALL") == jobs
+    assert [job.output for job in jobs] == 20 * [False]
 
 
 def test_a_worker_that_takes_nothing_holds_up_nobody(make: Make) -> None:
