@@ -161,6 +161,25 @@ def test_an_idle_worker_that_is_killed_is_replaced(make: Make) -> None:
     assert second.output["pid"] != first.output["pid"]
 
 
+def test_a_job_that_is_sent_to_a_worker_that_has_gone_runs_in_another(make: Make) -> None:
+    evaluator = make(functions.reveal, num_workers=1)
+    (first,) = evaluator.submit([{}])
+    gather(evaluator)
+    worker = psutil.Process(first.output["pid"])
+    nursery = worker.parent()
+    assert nursery is not None
+    nursery.suspend()  # nobody tells of the end of the worker
+    try:
+        worker.kill()
+        eventually(lambda: worker.status() == psutil.STATUS_ZOMBIE, "the end of the worker")
+        jobs = evaluator.submit([{}, {}, {}])
+    finally:
+        nursery.resume()
+    assert gather(evaluator) == jobs
+    assert all(job.is_success for job in jobs)
+    assert worker.pid not in {job.output["pid"] for job in jobs}
+
+
 def test_what_a_job_started_ends_with_it(make: Make, files: Files) -> None:
     evaluator = make(_with_children, job_timeout=1.5)
     (job,) = evaluator.submit([{"started": files["a"]}])

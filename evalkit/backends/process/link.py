@@ -44,6 +44,7 @@ class WorkerLink:
         resources: what the jobs that it runs have to themselves, from its first such job to its end.
         born: when it was started, on the monotonic clock.
         listens_for_room: whether the crew waits for room in its socket.
+        unreached: whether it had gone when its first task was sent, so that nobody has started that.
         looked_at: when what it holds back was looked for, if it has said nothing of the end of a job since.
     """
 
@@ -58,6 +59,7 @@ class WorkerLink:
         self.resources: dict[str, str] | None = None
         self.inflight_bytes = 0
         self.listens_for_room = False
+        self.unreached = False
         self.looked_at: float | None = None
         self.born = time.monotonic()
         self._sizes: dict[str, int] = {}  # of the large ones
@@ -119,7 +121,9 @@ class WorkerLink:
         tokens = accepted if held else accepted - 1
         if tokens > 0:
             os.write(self._token_write, bytes((self._generation,)) * tokens)
-        self.flush()
+        first = self._out[0] if accepted and held == 0 else None
+        has_gone = not self.flush()
+        self.unreached |= has_gone and first is not None and self._out[0] is first
         return bad
 
     def _queue_plain(self, tasks: list[Task]) -> bool:
@@ -177,10 +181,10 @@ class WorkerLink:
     def _queue(self, parts: list[bytes | memoryview]) -> None:
         self._out.extend(memoryview(part) for part in parts)
 
-    def flush(self) -> None:
-        """Write what the socket takes; the rest waits until it is writable."""
+    def flush(self) -> bool:
+        """Write what the socket takes; the rest waits until it is writable. Return False if the worker has gone."""
         out = self._out
-        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+        try:
             while out:
                 parts = [out[index] for index in range(min(len(out), _MAX_BUFFERS))]
                 sent = self.sock.sendmsg(parts) if len(parts) > 1 else self.sock.send(parts[0])
@@ -188,6 +192,11 @@ class WorkerLink:
                     sent -= out.popleft().nbytes
                 if sent:
                     out[0] = out[0][sent:]
+        except BlockingIOError:
+            return True
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return True
 
     # -- taking back ----------------------------------------------------------------------------------------------
 

@@ -487,7 +487,8 @@ class ProcessBackend(Backend):
         events: list[Event] = []
         for index, task in enumerate(link.inflight):
             # Results come in order, so it was on the first; and if it was to die for another job, on that one.
-            if end is not None and index == 0 and link.doomed in (None, "", task.id):
+            was_on_it = index == 0 and not link.unreached
+            if end is not None and was_on_it and link.doomed in (None, "", task.id):
                 log = link.read_log()
                 if log is not None and log.size:
                     events.append(Printed(task.id, log))
