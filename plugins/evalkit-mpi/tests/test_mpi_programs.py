@@ -452,29 +452,3 @@ def test_the_exit_code_of_the_shell_is_kept_where_a_job_does_not_end(program):
         process.kill()
     assert process.returncode == 75, err
     assert "to resume:" in err
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere sleeps are as long as they are")
-def test_sleeps_are_exact_where_messages_are_awaited_and_as_they_were_elsewhere(program):
-    done = program.script(
-        2,
-        """
-    import ctypes, pathlib, threading
-    from evalkit import Evaluator
-
-    def slack(job=None):
-        return ctypes.CDLL(None).prctl(30, 0, 0, 0, 0)  # PR_GET_TIMERSLACK, nanoseconds
-
-    ctypes.CDLL(None).prctl(29, 40_000, 0, 0, 0)
-    with Evaluator.create(slack, "mpicomm") as evaluator:
-        if evaluator.is_master:
-            evaluator.submit([{}])
-            print("job", evaluator.gather("ALL")[0].output)
-            names = {thread.name: thread.native_id for thread in threading.enumerate()}
-            print("thread", pathlib.Path(f"/proc/{names['evalkit-mpi']}/timerslack_ns").read_text().strip())
-            print("program", slack())
-    print("past", slack())
-    """,
-    )
-    assert done.returncode == 0, done.stderr
-    assert lines(done) == ["job 10000", "past 40000", "past 40000", "program 40000", "thread 10000"]

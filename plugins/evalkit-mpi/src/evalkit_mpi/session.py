@@ -34,7 +34,7 @@ from mpi4py.futures import MPICommExecutor
 from evalkit.backends import Program
 from evalkit.errors import BackendError
 from evalkit_mpi.channel import STOP_TAG, WorkerEnd, run_chunk
-from evalkit_mpi.waiting import Pauses, exact_sleeps, wait_for
+from evalkit_mpi.waiting import Pauses, wait_for
 
 __all__ = ["Opening", "Session", "meet", "serve", "serve_evaluator"]
 
@@ -129,10 +129,9 @@ class Session:
         self._heard = 0  # messages of workers
         self._requests = 0  # messages to each worker
         self._over = False
-        with exact_sleeps():
-            self._executor = cast(Executor, MPICommExecutor(self._control, root).__enter__())
-            # The interpreter may end while a rank is still in a job that was given up; see evalkit_mpi.ending.
-            threading.Thread(target=self._attend, name="evalkit-mpi", daemon=True).start()
+        self._executor = cast(Executor, MPICommExecutor(self._control, root).__enter__())
+        # The interpreter may end while a rank is still in a job that was given up; see evalkit_mpi.ending.
+        threading.Thread(target=self._attend, name="evalkit-mpi", daemon=True).start()
 
     def leave(self) -> None:
         """An evaluator is closed. After the last, all ranks part, in the background."""
@@ -273,7 +272,7 @@ def serve(comm: MPI.Intracomm, root: int) -> int:
         raise BackendError(f"rank {root} could not create the evaluator: {opening.failure}")
     sys.path += [entry for entry in opening.path if entry not in sys.path]
     control = comm.Dup()
-    with _left_to_the_root(opening.signals), exact_sleeps():
+    with _left_to_the_root(opening.signals):
         end = WorkerEnd.present = WorkerEnd(control, root)
         with MPICommExecutor(control, root):
             pass  # entering it serves
