@@ -21,11 +21,10 @@ from process_fixtures import FakeTask, Make, gather
 
 from evalkit import JobCause, JobState, RunningJob
 from evalkit.backends.process.link import WorkerLink
-from evalkit.backends.process.outbox import Outbox, OutboxReader
+from evalkit.backends.process.outbox import SMALL, TOGETHER, Outbox, OutboxReader
 from evalkit.backends.process.wire import (
     NUMBER_BYTES,
     NUMBERS,
-    SMALL_BYTES,
     FrameReader,
     Kind,
     frame,
@@ -290,18 +289,12 @@ def test_what_is_in_an_outbox(ends: tuple[Outbox, OutboxReader]) -> None:
     assert seen() == [3]
 
 
-def test_an_outbox_says_how_much_it_takes(ends: tuple[Outbox, OutboxReader]) -> None:
+def test_an_outbox_takes_as_many_results_as_may_wait(ends: tuple[Outbox, OutboxReader]) -> None:
     outbox, reader = ends
-    result = small_frame(Kind.DONE, bytes(4000))
-    assert len(result) == SMALL_BYTES + 4000
-    while outbox.room >= len(result):
-        outbox.put(result)
-    while outbox.room >= NUMBER_BYTES:
-        outbox.put_number(1, _MEASURED, 4)
-    assert len(reader.read()) == outbox.held
-    assert outbox.held > 16
-    outbox.clear()
-    assert outbox.room > 16 * len(result)
+    for number in range(TOGETHER):
+        outbox.put(small_frame(Kind.DONE, bytes(SMALL - 1), number))
+    outbox.put_number(1, _MEASURED, TOGETHER)
+    assert [number for _, number, _, _ in reader.read()] == list(range(TOGETHER + 1))
 
 
 def test_numbers_in_an_outbox(ends: tuple[Outbox, OutboxReader]) -> None:

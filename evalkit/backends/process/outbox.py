@@ -18,9 +18,11 @@ import tempfile
 from evalkit.backends.process.wire import NUMBER_BYTES, Frame, number_into, small_frames
 from evalkit.metadata import Measured
 
-__all__ = ["Outbox", "OutboxReader"]
+__all__ = ["SMALL", "TOGETHER", "Outbox", "OutboxReader"]
 
-_SIZE = 2**16
+SMALL = 4096  #: bytes of a result that may wait
+TOGETHER = 64  #: results that wait, at most
+_SIZE = 2 * TOGETHER * SMALL  # what nobody has written to takes no memory
 _START = 8  # before it is where the contents end; eight bytes, which a memoryview writes at once
 
 
@@ -38,24 +40,17 @@ class Outbox:
         self._end = _START
         self.held = 0
 
-    @property
-    def room(self) -> int:
-        """Bytes that it takes before it has to be sent."""
-        return _SIZE - self._end
-
     def put(self, frame: bytes) -> None:
-        """Add a result, for which there is room."""
+        """Add a result."""
         end = self._end + len(frame)
         self._memory[self._end : end] = frame
-        self._put_until(end)
+        self._end = self._ends[0] = end  # only now is it there
+        self.held += 1
 
     def put_number(self, value: float, measured: Measured, tag: int) -> None:
-        """Add a result that is a number, for which there is room."""
+        """Add a result that is a number."""
         number_into(self._memory, self._end, value, measured, tag)
-        self._put_until(self._end + NUMBER_BYTES)
-
-    def _put_until(self, end: int) -> None:
-        self._end = self._ends[0] = end  # only now is it there
+        self._end = self._ends[0] = self._end + NUMBER_BYTES
         self.held += 1
 
     def contents(self) -> bytes:

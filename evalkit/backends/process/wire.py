@@ -21,7 +21,6 @@ from evalkit.metadata import Measured
 __all__ = [
     "NUMBERS",
     "NUMBER_BYTES",
-    "SMALL_BYTES",
     "Frame",
     "FrameReader",
     "Kind",
@@ -64,7 +63,6 @@ _DONE, _FLOAT, _INT = int(Kind.DONE), int(Kind.DONE_FLOAT), int(Kind.DONE_INT)
 #: After the header: the output, start, end, CPU time, peak memory.
 _NUMBER_FRAMES = {_FLOAT: struct.Struct(_HEADER.format + "ddddQ"), _INT: struct.Struct(_HEADER.format + "qdddQ")}
 NUMBER_BYTES = _NUMBER_FRAMES[_INT].size
-SMALL_BYTES = _HEADER.size  #: of a small frame, beside its payload
 
 #: What comes from a worker is numbered, modulo this.
 NUMBERS = 2**16

@@ -25,11 +25,9 @@ from evalkit.backends.events import Done, Failed
 from evalkit.backends.execution import describe, environment
 from evalkit.backends.meter import Meter
 from evalkit.backends.process.capture import Capture, flush_all
-from evalkit.backends.process.outbox import Outbox
+from evalkit.backends.process.outbox import SMALL, TOGETHER, Outbox
 from evalkit.backends.process.wire import (
-    NUMBER_BYTES,
     NUMBERS,
-    SMALL_BYTES,
     Frame,
     FrameReader,
     Kind,
@@ -45,8 +43,6 @@ __all__ = ["main"]
 
 _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _HOLD = 0.001  # seconds since the last send in which a result waits for others; the pool looks after twice that
-_TOGETHER = 64  # results in one send, at most
-_SMALL = 4096  # bytes of a result that may wait
 
 
 class _Channel:
@@ -150,7 +146,8 @@ class _Worker:
 
     def _next_number(self) -> int:
         """With the lock. An exception may come at any moment, from a signal handler of the user's: so numbers may be
-        left out, and messages come twice, but no two have the same number.
+        left out, and messages come twice, but no two have the same number. Nothing else leaves a number out: the pool
+        takes one that is missing for a message on its way, and reads nothing behind it in the outbox.
         """
         self._number = number = (self._number + 1) % NUMBERS
         return number
@@ -168,26 +165,17 @@ class _Worker:
         measured = end.measured
         if type(end) is Done and measured is not None and is_number(end.output):
             with self._sending:
-                self._make_room(NUMBER_BYTES)
                 self._outbox.put_number(end.output, measured, self._next_number())
                 self._flush_if_due()
             return
         kind, payload, buffers = self._packed(end)
-        if buffers or len(payload) >= _SMALL:
+        if buffers or len(payload) >= SMALL:
             self.send(kind, payload, buffers)
             self._sent = time.time()
             return
         with self._sending:
-            self._make_room(SMALL_BYTES + len(payload))
             self._outbox.put(small_frame(kind, payload, self._next_number()))
             self._flush_if_due()
-
-    def _make_room(self, size: int) -> None:
-        """With the lock, and before a number is drawn: while one is missing, the pool takes nothing out of the outbox,
-        since what comes before may be on its way.
-        """
-        if self._outbox.room < size:
-            self._flush()
 
     def _packed(self, end: Done | Failed) -> tuple[int, bytes, list[memoryview]]:
         """The kind, payload and buffers of a result."""
@@ -206,7 +194,7 @@ class _Worker:
     def _flush_if_due(self) -> None:
         """With the lock, and after what waits was put there, since the pool is to find it when it looks."""
         now = time.time()
-        if not self._tasks or not 0.0 <= now - self._sent < _HOLD or self._outbox.held >= _TOGETHER:
+        if not self._tasks or not 0.0 <= now - self._sent < _HOLD or self._outbox.held >= TOGETHER:
             self._flush()
             self._sent = now
 
