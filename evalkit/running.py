@@ -138,9 +138,9 @@ def is_coroutine_function(fn: Any) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
-def are_plain(parameters: Iterable[dict[str, Any]]) -> bool:
-    """Whether the parameters of all these jobs are nothing but numbers, strings, booleans and None."""
-    return SCALARS.issuperset(map(type, chain.from_iterable(map(dict.values, parameters))))
+def are_plain(parameters: Iterable[dict[str, Any]], types: frozenset[Any] = SCALARS) -> bool:
+    """Whether the parameters of all these jobs are nothing but numbers, strings, booleans and None; or of ``types``."""
+    return types.issuperset(map(type, chain.from_iterable(map(dict.values, parameters))))
 
 
 def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:

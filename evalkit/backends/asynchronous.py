@@ -90,7 +90,7 @@ class AsyncBackend(Backend):
 
     def __init__(self, num_workers: int) -> None:
         super().__init__(num_workers)
-        # What waits, with its arguments, and in which order. Whoever pops a task has it.
+        # What waits, and in which order. Whoever pops a task has it.
         self._waiting: dict[str, Task] = {}
         self._order: deque[str] = deque()
         self._events: deque[Event] = deque()

@@ -306,7 +306,7 @@ class _ChunkRun:
                 ended.append((Kind.PROGRESS, *self._progress))
                 self._progress = None
             ended.append(self._pack(index, end))
-            now = (end.measured and end.measured[1]) or time.time()
+            now = time.time()
             if now - sent > resident.hold or self._held_bytes > _MAX_HELD_BYTES:
                 if waiting:
                     self.flush()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 from evalkit.backends.base import Task
@@ -18,7 +17,7 @@ from evalkit.backends.execution import failed, recorded
 from evalkit.backends.serialization import Packer, loads
 from evalkit.errors import SerializationError
 from evalkit.job import JobCause
-from evalkit.running import own_copy
+from evalkit.running import are_plain, own_copy
 
 __all__ = [
     "PLAIN",
@@ -127,8 +126,7 @@ def pack_tasks(
     Returns:
         what goes into the chunk; the jobs whose arguments do not pickle, with why; those that are too many for it.
     """
-    parameters = [task.args for task in tasks]
-    if not same_memory and PLAIN.issuperset(map(type, chain.from_iterable(map(dict.values, parameters)))):
+    if not same_memory and are_plain([task.args for task in tasks], PLAIN):
         return [(index, task.id, task.attempt, task.args) for index, task in enumerate(tasks)], [], ()
     entries: list[Entry] = []
     bad: list[tuple[Task, SerializationError]] = []
