@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-_PATIENCE = 10.0  # seconds that processes and threads that were told to end may take
+_PATIENCE = 60.0  # seconds that processes and threads that were told to end may take
 
 
 @pytest.fixture(scope="session", autouse=True)

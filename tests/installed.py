@@ -54,6 +54,6 @@ class Installed:
         self._run(install, self.folder, quietly)  # pip's own warnings are not ours
 
     def _run(self, args: list[str] | tuple[str, ...], cwd: Path, environment: dict[str, str]) -> str:
-        done = subprocess.run(args, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(args, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -71,7 +71,6 @@ def test_the_shell_runs_on_it_and_refuses_an_option_that_it_does_not_have(plugin
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_its_suite_passes(plugin):
     closing = plugin.suite("-k", _QUICK)
     passed = re.match(r"(\d+) passed", closing)

@@ -75,7 +75,7 @@ def run(tmp_path, environment):
 
     def run(*args: str) -> str:
         done = subprocess.run(
-            args, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+            args, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -321,7 +321,7 @@ def test_a_maximum_leaves_a_slow_generator_lazy(files: Files) -> None:
         evaluator.set_maximum_num_jobs_submitted(10)
 
         def produce() -> Iterator[dict[str, Any]]:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + BOUND
             yield files.holder("first")
             for x in range(9):
                 while x == 5 and not files.exists("first.started"):
@@ -352,7 +352,7 @@ def test_the_end_of_a_search_ends_a_submit_that_is_under_way(how: str, files: Fi
                 time.sleep(0.03)
 
         submitting = in_background(evaluator.submit, (args for args in produce()))
-        eventually(lambda: evaluator.num_jobs_submitted or submitting.done(), "the first job", 5.0)
+        eventually(lambda: evaluator.num_jobs_submitted or submitting.done(), "the first job")
         if how == "timeout":
             evaluator.timeout = 0.01
             eventually(lambda: evaluator.stop_reason, "the end of the time")
@@ -742,7 +742,7 @@ def test_a_slow_storage_does_not_hold_up_timeouts(files: Files) -> None:
         (job,) = evaluator.submit([files.holder("a")])
         assert writing.wait(BOUND)
         try:
-            assert job.wait(10.0), "the job is ended though the storage writes"
+            assert job.wait(BOUND), "the job is ended though the storage writes"
         finally:
             done.set()
         evaluator.gather("ALL")
@@ -1045,7 +1045,7 @@ with Evaluator.create(lambda job: time.sleep(0.01), "serial") as evaluator:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
 def test_the_memory_of_a_job_is_not_that_of_who_started_the_program() -> None:
     command = [sys.executable, "-c", LARGE_PARENT, "-c", PEAK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert 2**20 < int(done.stdout) < 250 * 2**20
 
 

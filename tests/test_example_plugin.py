@@ -48,13 +48,11 @@ def test_its_page_is_one_screen():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_its_commands_do_what_they_say(plugin):
     assert re.match(r"\d\d passed", plugin.suite("-k", "test_commands"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_it_passes_the_conformance_suite(plugin):
     closing = plugin.suite("-k", f"TestSubprocess and ({_QUICK})")
     assert re.match(r"\d\d passed, \d+ deselected", closing), closing

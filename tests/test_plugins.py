@@ -86,7 +86,7 @@ def run(site: Path, code: str) -> str:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -36,11 +36,11 @@ class Held:
 
     def __call__(self, job: RunningJob) -> int:
         if job["x"] > 1:
-            self.go.wait(60.0)
+            self.go.wait(600.0)
         return job["x"]
 
 
-def gathered(evaluator: Evaluator, seconds: float = 30.0) -> list[object]:
+def gathered(evaluator: Evaluator, seconds: float = 300.0) -> list[object]:
     """The outputs that are gathered once the storage is back."""
     deadline = time.monotonic() + seconds
     while True:
@@ -114,7 +114,7 @@ with tempfile.TemporaryDirectory() as folder:
         records = evaluator.storage.load_jobs(evaluator.search_id)
         print(refused, [record.output == str(x) * 100_000 for x, record in enumerate(records)].count(True))
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stdout == "2 9\n", done.stderr
 
 
@@ -146,7 +146,7 @@ def test_a_file_that_is_deleted_costs_no_result_in_memory(tmp_path: Path) -> Non
     path = tmp_path / "study.db"
     evaluator = Evaluator.create(echo, "thread", {"storage": f"sqlite:///{path}"})
     (job,) = evaluator.submit([{"x": 1}])
-    assert job.wait(30.0)
+    assert job.wait(300.0)
     for file in tmp_path.iterdir():
         file.unlink()
     with contextlib.suppress(StorageUnavailableError):
@@ -220,7 +220,7 @@ def test_an_outage_is_told_of_once_by_what_nobody_waits_for(
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 300.0
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

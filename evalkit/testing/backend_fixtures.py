@@ -22,7 +22,7 @@ from evalkit.testing import functions
 __all__ = ["BOUND", "BackendFixtures", "Files", "eventually", "gathering", "in_background"]
 
 #: What "does not hang" means, in seconds: far more than anything takes, even where many share the cores.
-BOUND = 30.0
+BOUND = 180.0
 
 
 class BackendFixtures:

@@ -72,7 +72,7 @@ __all__ = [
 ]
 
 #: How long a run function waits for what the test is to do, in seconds; then something is broken.
-PATIENCE = 30.0
+PATIENCE = 300.0
 _POLL = 0.005
 
 Steps = Generator[None, None, Any]

@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["in_processes", "in_threads"]
 
 #: How long to wait for the others to start or to answer before something is taken to be broken, in seconds.
-_PATIENCE = 60.0
+_PATIENCE = 300.0
 
 
 def in_threads(n: int, function: Callable[[int], Any]) -> list[Any]:

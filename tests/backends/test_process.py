@@ -74,7 +74,7 @@ evaluator = Evaluator.create(functions.Plain(functions.hold), "process", {{}})
 evaluator.submit([{files.holder("a")!r}])
 child = os.fork()
 if child == 0:
-    time.sleep(60)
+    time.sleep(600)
     os._exit(0)
 print(child, flush=True)
 evaluator.gather("ALL")
@@ -102,7 +102,7 @@ evaluator.submit([{"x": 1}])
 evaluator.gather("ALL")
 child = os.fork()
 if child == 0:
-    time.sleep(60)
+    time.sleep(600)
     os._exit(0)
 start = time.monotonic()
 evaluator.close()
@@ -112,7 +112,7 @@ os.waitpid(child, 0)
 """
     with _script(script, tmp_path / "master.py") as master:
         out, err = master.communicate(timeout=BOUND)
-    assert float(out) < 5.0, err
+    assert float(out) < 60.0, err
 
 
 def test_a_fork_of_the_master_that_exits_harms_no_job(tmp_path: Path, files: Files) -> None:

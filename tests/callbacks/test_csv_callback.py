@@ -368,7 +368,7 @@ def test_a_second_writer_waits_for_the_first_to_close(ended: Ended, path: Path) 
 
 def run_python(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], capture_output=True, text=True, timeout=300
     )
 
 

@@ -82,13 +82,13 @@ class Shell:
 
     def __call__(self, *args: str, code: int = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         process = self.start(*args, **({} if stdin is None else {"stdin": subprocess.PIPE}))
-        out, err = process.communicate(stdin, timeout=60)
+        out, err = process.communicate(stdin, timeout=300)
         assert process.returncode == code, (process.returncode, out, err)
         assert "evalkit/" not in err, err  # no frame of ours, whatever happens
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     @staticmethod
-    def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    def wait_for(condition: Callable[[], Any], seconds: float = 180.0) -> Any:
         """What ``condition`` gives once that is true."""
         deadline = time.monotonic() + seconds
         while not (value := condition()):

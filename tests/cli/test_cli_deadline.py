@@ -96,7 +96,7 @@ def test_before_the_deadline_nothing_starts_and_what_runs_ends(shell, backend):
         if "nothing more is started" in line:
             break
     (shell.folder / "go").touch()
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 75, (seen, err)
     assert any("deadline " in line and "--deadline +40s" in line for line in seen)
     assert shell.ran() == [0, 1, 2, 3, 4, 5]
@@ -111,9 +111,9 @@ def test_before_the_deadline_nothing_starts_and_what_runs_ends(shell, backend):
 
 @pytest.mark.slow
 def test_what_runs_into_the_deadline_is_ended_before_it(shell):
-    since = time.time()
-    shell("run", "work.py:held", *GRID, "-w", "1", "--search", "s", "--deadline", "+6s", code=75)
-    assert time.time() - since < 6
+    deadline = int(time.time()) + 12
+    shell("run", "work.py:held", *GRID, "-w", "1", "--search", "s", "--deadline", str(deadline), code=75)
+    assert time.time() < deadline
     shell.wait_for(shell.workers_gone)
     states = [job["state"] for job in shell.exported("s")]
     assert states.count("DONE") == 5
@@ -145,7 +145,7 @@ def test_a_job_that_crashes_near_the_deadline_is_left_to_the_resume(shell):
         if "nothing more is started" in line:
             break
     (shell.folder / "go").touch()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 75, err
     assert [job["state"] for job in shell.exported("s", "--all")] == ["CANCELLED"]
     (shell.folder / "well").touch()
@@ -162,7 +162,7 @@ def test_what_a_batch_system_sends_says_resume_me(shell, number):
     shell.wait_for(lambda: len((shell.folder / "o.csv").read_text().splitlines()) == 6)
     process.send_signal(number)
     process.send_signal(number)  # timeout and mpiexec send it to the process and to its group: that is one request
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 75, err
     assert number.name in err
     assert "done      5" in out

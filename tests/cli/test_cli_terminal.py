@@ -33,7 +33,7 @@ def test_a_terminal_has_a_live_display(shell):
     (shell.folder / "go").touch()
     shell.wait_for(more)
     os.close(ours)
-    assert process.wait(30) == 0
+    assert process.wait(300) == 0
     assert b"25  job 0.1  x=5" in seen
     assert seen.count(b"\x1b[?25l") == seen.count(b"\x1b[?25h")  # the cursor is shown again
 
@@ -44,7 +44,7 @@ def test_searches_can_be_read_on_a_terminal_of_any_width(shell, columns):
     terminal = Terminal(shell.start, "ls", columns=columns)
     try:
         shell.wait_for(terminal.over)
-        assert terminal.process.wait(20) == 0
+        assert terminal.process.wait(300) == 0
     finally:
         terminal.close()
     lines = re.sub(rb"\x1b\[[0-9;]*m", b"", terminal.seen).decode().splitlines()

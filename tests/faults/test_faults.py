@@ -18,7 +18,6 @@ _RUNS = [pytest.param(backend, run, id=f"{backend.name}-{run.name}") for backend
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("backend", "run"), _RUNS)
 def test_what_becomes_of_faults_is_what_the_page_says(backend: Backend, run: Run, tmp_path: Path) -> None:
     if backend.missing:

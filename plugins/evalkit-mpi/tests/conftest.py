@@ -17,7 +17,7 @@ from evalkit.testing.processes import Mark
 def program(tmp_path: Path) -> Iterator[Program]:
     mark = Mark()
     yield Program(tmp_path, mark)
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while left := mark.processes():
         if time.monotonic() > deadline:
             for process in left:

@@ -36,23 +36,38 @@ class Slurm:
             "SLURM_JOB_ID": "4711",
         }
 
-    def submit(self, walltime, *, tells=True):
-        """Run it once; returns the exit code, None if it was killed at walltime."""
+    def submit(self, walltime):
+        """Run it once, with a walltime that it is told; returns the exit code, None if it was killed then."""
         shutil.rmtree(self.requeued, ignore_errors=True)
-        env = self.env | ({"SLURM_JOB_END_TIME": str(int(time.time() + walltime))} if tells else {})
+        process = self._start({"SLURM_JOB_END_TIME": str(int(time.time() + walltime))})
+        try:
+            return process.wait(walltime)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            return None
+
+    def run(self, bound):
+        """Run it without a walltime, to its end."""
+        return self._start({}).wait(bound)
+
+    def run_into_a_kill(self):
+        """Run it, and kill all of it when the first configurations are done."""
+        process = self._start({})
+        while process.poll() is None and not self.done():
+            time.sleep(0.1)
+        assert process.poll() is None, self.log
+        _kill(process)
+
+    def _start(self, env):
         with open(self.folder / "search.log", "a") as log:
-            process = subprocess.Popen(
-                ["bash", "search.slurm"], cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            return subprocess.Popen(
+                ["bash", "search.slurm"],
+                cwd=self.folder,
+                env=self.env | env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
-            try:
-                return process.wait(walltime)
-            except subprocess.TimeoutExpired:
-                family = psutil.Process(process.pid).children(recursive=True)
-                for one in [*family, process]:
-                    one.send_signal(signal.SIGKILL)
-                process.wait()
-                psutil.wait_procs(family, 30)  # until they are gone, the search is theirs
-                return None
 
     @property
     def log(self):
@@ -71,18 +86,23 @@ class Slurm:
         return sorted(record.args["seed"] for record in records if record.state is JobState.DONE)
 
 
+def _kill(process):
+    family = psutil.Process(process.pid).children(recursive=True)
+    for one in [*family, process]:
+        one.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(family, 300)  # until they are gone, the search is theirs
+
+
 @pytest.mark.slow
 def test_a_search_that_is_stopped_by_the_walltime_again_and_again_does_each_configuration_once(program):
     slurm = Slurm(program, jobs=60, seconds=0.4)
-    code = slurm.submit(8.0)
-    assert code == 75, slurm.log
-    before = slurm.done()
-    assert 0 < len(before) < 60, slurm.log
-    for _ in range(20):
-        if not slurm.requeued.exists():
-            break
-        code = slurm.submit(12.0)
-    assert code == 0, slurm.log
+    walltime, codes = 8.0, [slurm.submit(8.0)]
+    assert codes == [75], slurm.log
+    while slurm.requeued.exists():
+        walltime *= 1.5  # which is enough at some time, however slow the machine
+        codes.append(slurm.submit(walltime))
+    assert codes == [75] * (len(codes) - 1) + [0], slurm.log
     assert slurm.done() == list(range(60))
     assert "is being run by" not in slurm.log
 
@@ -90,13 +110,10 @@ def test_a_search_that_is_stopped_by_the_walltime_again_and_again_does_each_conf
 @pytest.mark.slow
 def test_a_search_that_is_killed_at_walltime_is_resumed_by_the_same_line(program):
     slurm = Slurm(program, jobs=30, seconds=0.3)
-    for _ in range(20):  # until the kill came in the middle
-        assert slurm.submit(3.0, tells=False) is None, slurm.log
-        if slurm.done():
-            break
+    slurm.run_into_a_kill()
     before = slurm.done()
-    assert len(before) < 30
-    assert slurm.submit(program.bound, tells=False) == 0, slurm.log
+    assert 0 < len(before) < 30
+    assert slurm.run(program.bound) == 0, slurm.log
     assert slurm.done() == list(range(30))
     assert f"{len(before):,} configurations are done" in slurm.log
 
