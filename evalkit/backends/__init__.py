@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from evalkit.backends.execution import environment
     from evalkit.backends.executor import ExecutorBackend
     from evalkit.backends.executor_call import Fault, Reach
+    from evalkit.backends.lead import Lead
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ExecutorBackend",
     "Failed",
     "Fault",
+    "Lead",
     "Lost",
     "Printed",
     "Program",
@@ -68,6 +70,7 @@ _MODULES = {
     "AsyncBackend": "asynchronous",
     "ExecutorBackend": "executor",
     "Fault": "executor_call",
+    "Lead": "lead",
     "Program": "chunk",
     "Reach": "executor_call",
     "RunFailedError": "asynchronous",

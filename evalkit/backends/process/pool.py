@@ -44,16 +44,15 @@ from evalkit.backends.events import (
     WorkerIdentity,
 )
 from evalkit.backends.execution import check_worker_init, describe, failed, recorded
+from evalkit.backends.lead import Lead
 from evalkit.backends.process.capture import can_capture
 from evalkit.backends.process.crew import Crew, describe_death
-from evalkit.backends.process.lead import Lead
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.memory import parse_bytes
 from evalkit.backends.process.spawner import TERM_GRACE
 from evalkit.backends.process.wire import Frame, Kind
 from evalkit.backends.serialization import dumps, loads
 from evalkit.errors import BackendError, SerializationError
-from evalkit.interrupts import InterruptHeld, hears_only_interrupts
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.joblog import JobLog
 
@@ -65,7 +64,6 @@ _AHEAD = 0.010  # seconds of work that a worker may hold ahead
 _MAX_DEPTH = 2048  # tasks: enough for the 5 ms that the interpreter may keep the I/O thread waiting
 _MAX_AHEAD_BYTES = 16 * 2**20
 _SHORT = 0.005  # seconds; who waits for jobs that take longer is not lent to the pool
-_LEND = 0.020  # seconds, at most
 _QUIET = 0.002  # seconds; what waits longer behind a running job goes to an idle worker
 _MAX_START_FAILURES = 3  # in a row
 _DONE, _FAILED = int(Kind.DONE), int(Kind.FAILED)
@@ -186,19 +184,8 @@ class ProcessBackend(Backend):
         return None
 
     def lend(self, done: Callable[[], bool], timeout: float | None) -> None:
-        if self._mean_duration is None or self._mean_duration > _SHORT or self._finished.is_set():
-            return
-        if not hears_only_interrupts():
-            return  # an alarm, say, would raise in the middle of what is read
-        until = time.monotonic() + (_LEND if timeout is None else min(timeout, _LEND))
-        with InterruptHeld():
-            if not self._lead.borrow(self._crew.wake):
-                return
-            try:
-                while not done() and (left := until - time.monotonic()) > 0 and not self._finished.is_set():
-                    self._try_turn(left)
-            finally:
-                self._lead.give_back()
+        if self._mean_duration is not None and self._mean_duration <= _SHORT and not self._finished.is_set():
+            self._lead.lend(self._try_turn, self._crew.wake, done, timeout)
 
     def stop(self, grace: float) -> None:
         with self._lock:
@@ -353,7 +340,8 @@ class ProcessBackend(Backend):
             self._try_turn(None)
             self._lead.release()
 
-    def _try_turn(self, timeout: float | None) -> None:
+    def _try_turn(self, timeout: float | None) -> bool:
+        """Take a turn, at most that many seconds long; say whether there are more to come."""
         try:
             self._turn(timeout)
         except BaseException as exc:  # noqa: BLE001 - see below
@@ -366,6 +354,7 @@ class ProcessBackend(Backend):
                 tasks += self._backlog.values()
                 self._backlog.clear()
                 self._emit([Failed(task.id, JobCause.LOST, self._broken) for task in tasks])
+        return not self._finished.is_set()
 
     def _turn(self, timeout: float | None) -> None:
         due = self._time_to_next()

@@ -115,6 +115,9 @@ class MPICommBackend(ExecutorBackend):
     def shut_executor(self, executor: Executor, grace: float) -> None:
         return  # it is the session's, which ends with its last evaluator
 
+    def lend(self, done: Callable[[], bool], timeout: float | None) -> None:
+        self._joined.lend(done, timeout)
+
     @property
     def _joined(self) -> Session:
         if self._session is None:
@@ -123,7 +126,7 @@ class MPICommBackend(ExecutorBackend):
 
     @staticmethod
     def worker_name() -> str:
-        from evalkit_mpi.channel import WorkerEnd
+        from evalkit_mpi.serving import WorkerEnd
 
         if WorkerEnd.present is None:
             raise RuntimeError("this rank serves no evaluator")

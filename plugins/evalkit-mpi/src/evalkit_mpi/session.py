@@ -3,9 +3,13 @@
 ::
 
     every rank    meet, on the user's communicator: the root says that it drives, or why it cannot
-                  duplicate it, for the side channel and for what follows
-    the root      one executor, which its evaluators share         the others    serve it
+                  duplicate it, so that nothing gets between the messages of the user's program
+    the root      one executor of mpi4py.futures                   the others    serve it
+                  one call for each of them, which lasts           run what that call receives
     every rank    part, at a barrier: the root says how many evaluators that were; free the duplicate
+
+The calls of evaluators go to the ranks over the duplicate, into that one call, together with all else that is to be
+said: through the executor they would wait for a thread of it to look, which takes most of the time of a short job.
 
 The first evaluator on a communicator opens a session, those that are created before it is closed join it, and the last
 that is closed ends it. The other ranks create the same evaluators in the same order: the first of a session serves all
@@ -22,7 +26,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -31,9 +35,11 @@ from typing import Any, cast
 from mpi4py import MPI
 from mpi4py.futures import MPICommExecutor
 
-from evalkit.backends import Program
+from evalkit.backends import Lead, Program
 from evalkit.errors import BackendError
-from evalkit_mpi.channel import STOP_TAG, WorkerEnd, run_chunk
+from evalkit_mpi.calls import Calls, Seat
+from evalkit_mpi.serving import WorkerEnd, serve_calls
+from evalkit_mpi.tags import END_TAG, STOP_TAG, Kind, kind_of, tag
 from evalkit_mpi.waiting import Pauses, wait_for
 
 __all__ = ["Opening", "Session", "meet", "serve", "serve_evaluator"]
@@ -41,6 +47,8 @@ __all__ = ["Opening", "Session", "meet", "serve", "serve_evaluator"]
 _log = logging.getLogger("evalkit")
 
 #: By which people and batch systems ask a program to end.
+_BACKOFF = 0.01  # seconds between two looks of mpi4py.futures for the ends of the calls that last
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -123,13 +131,18 @@ class Session:
         self._workers = [rank for rank in range(comm.Get_size()) if rank != root]
         self._receivers: dict[int, Callable[[Any], None]] = {}
         self._stops: deque[tuple[int, int]] = deque()
-        self._programs: deque[tuple[int, bytes]] = deque()  # that the workers are to have
-        self._seated: set[int] = set()  # evaluators of which they have it
-        self._sending: list[tuple[MPI.Request, Any]] = []
+        self._seated: set[int] = set()  # evaluators whose programs the workers have
         self._heard = 0  # messages of workers
-        self._requests = 0  # messages to each worker
+        self._send_lock = threading.Lock()
+        self._sending: list[tuple[MPI.Request, Any]] = []
+        self._sent = [0] * comm.Get_size()  # messages to each rank
+        self._pauses = Pauses(brief=0.0)
+        self._lead = Lead()
         self._over = False
-        self._executor = cast(Executor, MPICommExecutor(self._control, root).__enter__())
+        self._calls = Calls(self._workers, lambda rank, number, chunk: self._send(rank, tag(number, Kind.CALL), chunk))
+        self._executor = cast(Executor, MPICommExecutor(self._control, root, backoff=_BACKOFF).__enter__())
+        for _ in self._workers:
+            self._executor.submit(serve_calls).add_done_callback(self._when_served)
         # The interpreter may end while a rank is still in a job that was given up; see evalkit_mpi.ending.
         threading.Thread(target=self._attend, name="evalkit-mpi", daemon=True).start()
 
@@ -140,7 +153,10 @@ class Session:
             if self._members:
                 return
             del self._open[self._key]
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._calls.end(CancelledError("the evaluators are closed"), running=False)
+        for worker in self._workers:
+            self._send(worker, END_TAG, b"")
+        self._executor.shutdown(wait=False)
         self._over = True
 
     @property
@@ -157,8 +173,10 @@ class Session:
         """
         if number not in self._seated:
             self._seated.add(number)
-            self._programs.append((number, pickle.dumps(program, 5)))
-        return _Seat(self._executor, number)
+            pickled = pickle.dumps(program, 5)
+            for worker in self._workers:
+                self._send(worker, tag(number, Kind.PROGRAM), pickled)
+        return Seat(self._calls, number)
 
     def listen(self, number: int, receive: Callable[[Any], None] | None) -> None:
         """Have ``receive(message)`` called, in a thread of the session, for what workers say to an evaluator."""
@@ -174,27 +192,52 @@ class Session:
     def _attend(self) -> None:
         """Receive and send until all ranks have parted, so that no worker ever waits to be heard."""
         try:
-            pauses = Pauses()
             all_are_here: MPI.Request | None = None
             while True:
-                if self._turn():
-                    pauses.restart()
-                    continue
-                if self._over:
+                self._lead.take()
+                heard = self._turn()
+                if self._over and not heard:
                     all_are_here = all_are_here or self._control.Ibarrier()
                     if all_are_here.Test():
-                        break
-                pauses.sleep()
+                        break  # with the lead: nobody else touches the communicator any more
+                self._lead.release()
+                if heard:
+                    self._pauses.restart()
+                else:
+                    self._pauses.make()
             expected = self._control.reduce(0, MPI.SUM, self._root)
-            self._control.bcast((self._served, self._requests), self._root)
+            self._control.scatter([(self._served, sent) for sent in self._sent], self._root)
             while self._heard < (expected or 0):
                 self._turn()
             for request, _ in self._sending:
                 wait_for(request)
             self._control.Free()
             self.parted.set()
-        except Exception:  # noqa: BLE001 - a defect of ours, or the end of MPI
-            _log.exception("the side channel over MPI failed; what jobs say comes with their results")
+        except Exception as exc:  # noqa: BLE001 - see _fail
+            self._fail(exc)
+
+    def lend(self, done: Callable[[], bool], timeout: float | None) -> None:
+        """Have a thread that waits for results look for them."""
+        pauses = Pauses()
+
+        def turn(_: float) -> bool:
+            try:
+                heard = self._turn()
+            except Exception as exc:  # noqa: BLE001 - see _fail
+                self._fail(exc)
+                return False
+            if heard:
+                pauses.restart()
+            else:
+                pauses.make()
+            return True
+
+        self._lead.lend(turn, lambda: None, done, timeout)
+
+    def _fail(self, exc: Exception) -> None:
+        """A defect of ours, or the end of MPI. Whoever waits for these calls must not wait for ever."""
+        _log.error("the connection to the ranks failed; the calls that they had are given up", exc_info=exc)
+        self._calls.end(exc, running=True)
 
     def _turn(self) -> bool:
         """Receive what has come and send what there is to send; say whether anything came."""
@@ -204,37 +247,39 @@ class Session:
             self._heard += 1
             payload = bytearray(status.Get_count(MPI.BYTE))
             message.Recv([payload, MPI.BYTE])
-            receive = self._receivers.get(status.Get_tag())
-            if receive is not None:
-                receive(bytes(payload))
-        while self._programs:
-            number, program = self._programs.popleft()
-            self._send_to_all(program, MPI.BYTE, number)
+            self._take(status.Get_source(), *kind_of(status.Get_tag()), payload)
         if self._stops:
             # All that is there in one message: as many messages as ranks, whatever the number of jobs.
             pairs = array.array("q")
             while self._stops:
                 pairs.extend(self._stops.popleft())
-            self._send_to_all(pairs, MPI.INT64_T, STOP_TAG)
-        if self._sending:
+            for worker in self._workers:
+                self._send(worker, STOP_TAG, pairs)
+        with self._send_lock:
             self._sending = [entry for entry in self._sending if not entry[0].Test()]
         return self._heard > heard
 
-    def _send_to_all(self, content: Any, kind: MPI.Datatype, tag: int) -> None:
-        self._requests += 1
-        for worker in self._workers:
-            self._sending.append((self._control.Isend([content, kind], worker, tag), content))
+    def _take(self, rank: int, number: int, kind: Kind, payload: bytearray) -> None:
+        """A message has come."""
+        if kind is Kind.ANSWER:
+            self._calls.answer(rank, bytes(payload))
+        elif kind is Kind.FAILURE:
+            self._calls.fail(rank, bytes(payload))
+        elif (receive := self._receivers.get(number)) is not None:
+            receive(bytes(payload))
 
+    def _send(self, rank: int, tag: int, content: bytes | array.array[int]) -> None:
+        """Send a message, of which the content must not change; who sends does not wait."""
+        with self._send_lock:
+            self._sent[rank] += 1
+            self._sending.append((self._control.Isend([content, MPI.BYTE], rank, tag), content))
+        self._pauses.restart()  # something comes back, and may come soon
 
-class _Seat(Executor):
-    def __init__(self, executor: Executor, number: int) -> None:
-        self._executor = executor
-        self._number = number
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        # ``fn`` is the program, which the workers have.
-        future: Future[Any] = self._executor.submit(run_chunk, self._number, *args, **kwargs)
-        return future
+    def _when_served(self, lasting: Future[None]) -> None:
+        """The call of a rank has ended; before the end of the session, that is a defect of ours."""
+        exc = None if lasting.cancelled() else lasting.exception()
+        if exc is not None:
+            self._calls.end(exc, running=True)
 
 
 # -- on the other ranks -----------------------------------------------------------------------------------------------
@@ -281,7 +326,7 @@ def serve(comm: MPI.Intracomm, root: int) -> int:
         wait_for(control.Ibarrier())
     # A message that nobody receives would come to the next communicator with the number of this one.
     control.reduce(sent, MPI.SUM, root)
-    served, expected = control.bcast(None, root)
+    served, expected = control.scatter(None, root)
     end.drain(expected)
     control.Free()
     return int(served)
