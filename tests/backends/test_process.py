@@ -558,7 +558,7 @@ def test_descriptors_processes_and_threads_do_not_pile_up() -> None:
     cycle()
     gc.collect()
     before, children = (me.num_fds(), threading.active_count()), me.children(recursive=True)
-    for _ in range(20):
+    for _ in range(10):
         cycle()
     gc.collect()
     assert (me.num_fds(), threading.active_count()) == before

@@ -55,7 +55,7 @@ def test_what_a_worker_held_when_it_died_counts(make: Make, tmp_path: Path, how:
     evaluator = make(_tiny_or_not, num_workers=2)
     log = tmp_path / "log"
     for _ in range(3):
-        jobs = evaluator.submit([{"x": x, "how": how if x % 50 == 49 else "", "log": str(log)} for x in range(1000)])
+        jobs = evaluator.submit([{"x": x, "how": how if x % 100 == 99 else "", "log": str(log)} for x in range(1000)])
         assert gather(evaluator) == jobs
         for job in jobs:
             if job.args["how"]:
