@@ -115,7 +115,7 @@ class ExecutorBackend(Backend):
         self._executor: Executor | None = None
         self._watched: Executor | None = None  # its wait at the end of the program comes after our stop
         self._stopping = False
-        self._mender = Mender(self._mend)
+        self._mender = Mender(self._mend, self._conclude, _LATE)
 
     # -- what an author writes ------------------------------------------------------------------------------------
 
@@ -458,9 +458,7 @@ class ExecutorBackend(Backend):
             self._conclude(call, outcome)
             self._send()
         else:
-            timer = threading.Timer(_LATE, self._conclude, (call, outcome))
-            timer.daemon = True
-            timer.start()
+            self._mender.put(call, outcome)
 
     def _leave(self, call: Call) -> None:
         """With the lock: a call holds its worker no longer."""

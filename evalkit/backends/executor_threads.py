@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
+from evalkit.backends.chunk_wire import Outcome
 from evalkit.backends.executor_call import Call
 
 __all__ = ["Mender", "before_executors_wait"]
 
 
 class Mender:
-    """Handles calls that failed, one at a time, in a thread that starts with the first.
+    """Handles calls that failed, and those that were not told of in full, in a thread that starts with the first.
 
     Engines tell of failures with their locks held, and there is waiting to do.
 
     Args:
-        mend: called with the call and the exception that ended it.
+        mend: called with a call and the exception that ended it.
+        conclude: called with a call and its outcome, ``patience`` seconds after it was put here.
+        patience: seconds.
     """
 
-    def __init__(self, mend: Callable[[Call, BaseException], None]) -> None:
+    def __init__(
+        self,
+        mend: Callable[[Call, BaseException], None],
+        conclude: Callable[[Call, Outcome], None],
+        patience: float,
+    ) -> None:
         self._mend = mend
+        self._conclude = conclude
+        self._patience = patience
         self._lock = threading.Lock()
-        self._queue: SimpleQueue[tuple[Call, BaseException] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Call, BaseException | Outcome] | None] = SimpleQueue()
         self._started = False
 
-    def put(self, call: Call, exc: BaseException) -> None:
-        """Have a call looked at; returns at once."""
-        self._queue.put((call, exc))
+    def put(self, call: Call, end: BaseException | Outcome) -> None:
+        """Have a call looked at, because of the exception that ended it, or later; returns at once."""
+        self._queue.put((call, end))
         with self._lock:
             if not self._started:
                 self._started = True
@@ -41,8 +53,20 @@ class Mender:
         self._queue.put(None)
 
     def _serve(self) -> None:
-        while (item := self._queue.get()) is not None:
-            self._mend(*item)
+        late: deque[tuple[float, Call, Outcome]] = deque()
+        while True:
+            try:
+                item = self._queue.get(timeout=max(0.0, late[0][0] - time.monotonic()) if late else None)
+            except Empty:
+                self._conclude(*late.popleft()[1:])
+                continue
+            if item is None:
+                return
+            if isinstance(item[1], BaseException):
+                self._mend(item[0], item[1])
+            else:
+                late.append((time.monotonic() + self._patience, item[0], item[1]))
+            del item  # until the next one comes, this thread keeps no result alive
 
 
 def before_executors_wait(stop: Callable[[], None]) -> None:

@@ -152,6 +152,30 @@ def test_jobs_whose_ends_were_lost_on_the_way_run_again(monkeypatch: pytest.Monk
             assert [job.output for job in jobs] == list(range(2000))
 
 
+def test_results_that_overtake_what_was_said_before_take_no_thread_each() -> None:
+    class Slow(LoopbackChannel):
+        def start(self, receive: Receive) -> None:
+            def receive_late(data: bytes) -> None:
+                time.sleep(0.01)
+                receive(data)
+
+            super().start(receive_late)
+
+    class Overtaken(Processes):
+        def make_channel(self) -> SideChannel:
+            return Slow()
+
+    backend = Overtaken(2, hold=0.001)
+    with Evaluator(note, backend) as evaluator:
+        warm(evaluator, backend)
+        before = threading.active_count()
+        for _ in range(5):
+            jobs = evaluator.submit([{"x": x} for x in range(2000)])
+            in_background(evaluator.gather, "ALL").result(BOUND)
+            assert [job.output for job in jobs] == list(range(2000))
+        assert threading.active_count() <= before + 2  # in_background, and the one that looks after them
+
+
 def test_jobs_that_carry_much_do_not_share_calls() -> None:
     backend = Processes(1)
     with Evaluator(len, backend) as evaluator:
