@@ -55,6 +55,8 @@ class Lead:
             done: whether what is waited for has come.
             timeout: seconds; None for no limit.
         """
+        if timeout is not None and timeout <= 0:
+            return  # who only looks reads nothing, and is not to keep the backend's thread away
         if not hears_only_interrupts():
             return  # an alarm, say, would raise in the middle of what is read
         until = time.monotonic() + (_LONGEST if timeout is None else min(timeout, _LONGEST))

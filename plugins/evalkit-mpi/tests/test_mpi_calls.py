@@ -81,3 +81,26 @@ def test_nothing_waits_for_ranks_that_are_lost(calls, sent):
     assert [str(future.exception(0)) for future in futures[:2]] == ["MPI failed"] * 2
     assert futures[2].cancelled()
     calls.answer(sent[0][0], b"late")  # and that is no error
+
+
+class _Strict(list):
+    """Refuses what is too large, as MPI libraries do."""
+
+    def send(self, rank, number, chunk):
+        if chunk == b"too large":
+            raise ValueError("it is refused")
+        self.append((rank, number, chunk))
+
+
+def test_what_mpi_refuses_costs_that_call_and_no_rank():
+    sent = _Strict()
+    calls = Calls([1, 2], sent.send)
+    with pytest.raises(ValueError, match="refused"):
+        calls.submit(1, b"too large").result(0)
+    futures = [calls.submit(1, chunk) for chunk in (b"a", b"b", b"too large", b"c")]
+    assert [chunk for _, _, chunk in sent] == [b"a", b"b"]
+    calls.answer(sent[0][0], b"A")
+    assert futures[0].result(0) == b"A"
+    with pytest.raises(ValueError, match="refused"):
+        futures[2].result(0)
+    assert [chunk for _, _, chunk in sent] == [b"a", b"b", b"c"]

@@ -305,6 +305,48 @@ def test_a_module_that_the_workers_cannot_import_is_named(program):
     assert done.stdout.count("far_away") >= 3
 
 
+def test_what_mpi_refuses_to_send_fails_its_job_alone(program):
+    """Libraries of MPI 3 refuse more than 2 GB: as if they did so at 1 MB."""
+    done = program.script(
+        3,
+        HEAD
+        + """
+    from mpi4py import MPI
+
+    class Comm(MPI.Intracomm):
+        def Isend(self, buf, *args):
+            if memoryview(buf[0]).nbytes > 2**20:
+                raise MPI.Exception(MPI.ERR_COUNT)
+            return super().Isend(buf, *args)
+
+        def Dup(self, info=None):
+            return Comm(super().Dup())
+
+    def work(job):
+        while job.get("until") and not os.path.exists(job["until"]):
+            time.sleep(0.01)
+        return bytes(job.get("size", 1))
+
+    with Evaluator.create(work, "mpicomm", {"comm": Comm(MPI.COMM_WORLD)}) as evaluator:
+        if evaluator.is_master:
+            for size in ({"size": 2**21}, {"data": bytes(2**21)}):
+                beside, other = evaluator.submit([{"until": "go"}, {}])
+                large = evaluator.submit([size] * 4)
+                assert all(job.wait(60) for job in large)
+                pathlib.Path("go").touch()
+                evaluator.gather("ALL")
+                after = evaluator.submit([{}] * 4)
+                evaluator.gather("ALL")
+                os.remove("go")
+                assert all("Invalid count" in str(job.error) for job in large), large[0].error
+                assert all(job.is_success for job in (beside, other, *after))
+    print("past")
+    """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "past\n" * 3
+
+
 def test_a_job_that_was_given_up_does_not_hold_up_the_end(program):
     done = program.script(
         3,

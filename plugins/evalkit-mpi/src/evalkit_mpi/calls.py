@@ -39,7 +39,8 @@ class Calls:
             if self._over is not None:
                 raise RuntimeError(f"cannot submit any more: {self._over}")
             self._waiting.append((future, number, chunk))
-            self._assign()
+            unsent = self._assign()
+        _fail(unsent)
         return future
 
     def answer(self, rank: int, answer: bytes) -> None:
@@ -77,17 +78,29 @@ class Calls:
         with self._lock:
             future = self._running.pop(rank, None)
             self._idle.append(rank)  # it has room for another by the time at which anybody hears of this one
-            self._assign()
+            unsent = self._assign()
+        _fail(unsent)
         return future
 
-    def _assign(self) -> None:
-        """With the lock: send calls to ranks while there are both."""
+    def _assign(self) -> list[tuple[Future[Any], Exception]]:
+        """With the lock: send calls to ranks while there are both.
+
+        Returns:
+            what MPI refused to send, and why: too much at once, say. That is to fail without the lock.
+        """
+        unsent: list[tuple[Future[Any], Exception]] = []
         while self._waiting and self._idle:
             future, number, chunk = self._waiting.popleft()
             if future.set_running_or_notify_cancel():
-                rank = self._idle.pop()
-                self._running[rank] = future
-                self._send(rank, number, chunk)
+                rank = self._idle[-1]
+                try:
+                    self._send(rank, number, chunk)
+                except Exception as exc:  # noqa: BLE001 - whatever it is, the call ends with it
+                    unsent.append((future, exc))
+                else:
+                    self._idle.pop()
+                    self._running[rank] = future
+        return unsent
 
 
 class Seat(Executor):
@@ -106,6 +119,11 @@ class Seat(Executor):
         # ``fn`` is the program, which the ranks have.
         (chunk,) = args
         return self._calls.submit(self._number, chunk)
+
+
+def _fail(unsent: list[tuple[Future[Any], Exception]]) -> None:
+    for future, exc in unsent:
+        future.set_exception(exc)
 
 
 def _rebuilt(pickled: bytes) -> BaseException:

@@ -2,7 +2,7 @@
 
 ::
 
-    worker ──messages to an evaluator──▶ thread of the session ──▶ receive
+    worker ──messages to an evaluator──▶ thread of the session, or one that waits ──▶ receive
            ◀──pairs: an evaluator, and a run of its that is to stop──
 """
 

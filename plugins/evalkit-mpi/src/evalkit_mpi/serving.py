@@ -77,7 +77,10 @@ class WorkerEnd:
             except BaseException as exc:  # noqa: BLE001 - it belongs to the call
                 answer, kind = _pickled(exc), Kind.FAILURE
             del call, chunk  # it may be large, and the next may be long in coming
-            self.send(number, answer, kind)
+            try:
+                self.send(number, answer, kind)
+            except Exception as exc:  # noqa: BLE001 - MPI refuses it: too much at once, say
+                self.send(number, _pickled(exc), Kind.FAILURE)
             del answer
 
     def _next_call(self) -> tuple[int, bytes] | None:

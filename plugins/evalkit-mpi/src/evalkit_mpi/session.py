@@ -3,12 +3,12 @@
 ::
 
     every rank    meet, on the user's communicator: the root says that it drives, or why it cannot
-                  duplicate it, so that nothing gets between the messages of the user's program
+                  duplicate it twice: for mpi4py.futures, and for our messages, which nothing may get between
     the root      one executor of mpi4py.futures                   the others    serve it
                   one call for each of them, which lasts           run what that call receives
-    every rank    part, at a barrier: the root says how many evaluators that were; free the duplicate
+    every rank    part, at a barrier: the root says how many evaluators that were; free the duplicates
 
-The calls of evaluators go to the ranks over the duplicate, into that one call, together with all else that is to be
+The calls of evaluators go to the ranks as messages of ours, into that one call, together with all else that is to be
 said: through the executor they would wait for a thread of it to look, which takes most of the time of a short job.
 
 The first evaluator on a communicator opens a session, those that are created before it is closed join it, and the last
@@ -46,9 +46,10 @@ __all__ = ["Opening", "Session", "meet", "serve", "serve_evaluator"]
 
 _log = logging.getLogger("evalkit")
 
-#: By which people and batch systems ask a program to end.
 _BACKOFF = 0.01  # seconds between two looks of mpi4py.futures for the ends of the calls that last
+_AT_ONCE = 100  # messages; then there may be something to send, or whoever has lent itself may have what it waits for
 
+#: By which people and batch systems ask a program to end.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -127,6 +128,7 @@ class Session:
         self._root = root
         self._members = 0
         self._served = 0
+        self._lasting = comm.Dup()
         self._control = comm.Dup()
         self._workers = [rank for rank in range(comm.Get_size()) if rank != root]
         self._receivers: dict[int, Callable[[Any], None]] = {}
@@ -140,7 +142,7 @@ class Session:
         self._lead = Lead()
         self._over = False
         self._calls = Calls(self._workers, lambda rank, number, chunk: self._send(rank, tag(number, Kind.CALL), chunk))
-        self._executor = cast(Executor, MPICommExecutor(self._control, root, backoff=_BACKOFF).__enter__())
+        self._executor = cast(Executor, MPICommExecutor(self._lasting, root, backoff=_BACKOFF).__enter__())
         for _ in self._workers:
             self._executor.submit(serve_calls).add_done_callback(self._when_served)
         # The interpreter may end while a rank is still in a job that was given up; see evalkit_mpi.ending.
@@ -179,7 +181,7 @@ class Session:
         return Seat(self._calls, number)
 
     def listen(self, number: int, receive: Callable[[Any], None] | None) -> None:
-        """Have ``receive(message)`` called, in a thread of the session, for what workers say to an evaluator."""
+        """Have ``receive(message)`` called, in one thread at a time, for what workers say to an evaluator."""
         if receive is None:
             self._receivers.pop(number, None)
         else:
@@ -208,9 +210,10 @@ class Session:
             expected = self._control.reduce(0, MPI.SUM, self._root)
             self._control.scatter([(self._served, sent) for sent in self._sent], self._root)
             while self._heard < (expected or 0):
-                self._turn()
+                self._receive()
             for request, _ in self._sending:
                 wait_for(request)
+            self._lasting.Free()
             self._control.Free()
             self.parted.set()
         except Exception as exc:  # noqa: BLE001 - see _fail
@@ -223,7 +226,7 @@ class Session:
         def turn(_: float) -> bool:
             try:
                 heard = self._turn()
-            except Exception as exc:  # noqa: BLE001 - see _fail
+            except BaseException as exc:  # noqa: BLE001 - see _fail; a second Ctrl-C, say
                 self._fail(exc)
                 return False
             if heard:
@@ -234,20 +237,18 @@ class Session:
 
         self._lead.lend(turn, lambda: None, done, timeout)
 
-    def _fail(self, exc: Exception) -> None:
+    def _fail(self, exc: BaseException) -> None:
         """A defect of ours, or the end of MPI. Whoever waits for these calls must not wait for ever."""
         _log.error("the connection to the ranks failed; the calls that they had are given up", exc_info=exc)
         self._calls.end(exc, running=True)
 
     def _turn(self) -> bool:
         """Receive what has come and send what there is to send; say whether anything came."""
-        heard = self._heard
-        status = MPI.Status()
-        while (message := self._control.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status)) is not None:
-            self._heard += 1
-            payload = bytearray(status.Get_count(MPI.BYTE))
-            message.Recv([payload, MPI.BYTE])
-            self._take(status.Get_source(), *kind_of(status.Get_tag()), payload)
+        heard = False
+        for _ in range(_AT_ONCE):
+            if not self._receive():
+                break
+            heard = True
         if self._stops:
             # All that is there in one message: as many messages as ranks, whatever the number of jobs.
             pairs = array.array("q")
@@ -257,7 +258,19 @@ class Session:
                 self._send(worker, STOP_TAG, pairs)
         with self._send_lock:
             self._sending = [entry for entry in self._sending if not entry[0].Test()]
-        return self._heard > heard
+        return heard
+
+    def _receive(self) -> bool:
+        """Receive a message, if there is one."""
+        status = MPI.Status()
+        message = self._control.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status)
+        if message is None:
+            return False
+        self._heard += 1
+        payload = bytearray(status.Get_count(MPI.BYTE))
+        message.Recv([payload, MPI.BYTE])
+        self._take(status.Get_source(), *kind_of(status.Get_tag()), payload)
+        return True
 
     def _take(self, rank: int, number: int, kind: Kind, payload: bytearray) -> None:
         """A message has come."""
@@ -271,8 +284,8 @@ class Session:
     def _send(self, rank: int, tag: int, content: bytes | array.array[int]) -> None:
         """Send a message, of which the content must not change; who sends does not wait."""
         with self._send_lock:
-            self._sent[rank] += 1
             self._sending.append((self._control.Isend([content, MPI.BYTE], rank, tag), content))
+            self._sent[rank] += 1
         self._pauses.restart()  # something comes back, and may come soon
 
     def _when_served(self, lasting: Future[None]) -> None:
@@ -316,10 +329,11 @@ def serve(comm: MPI.Intracomm, root: int) -> int:
     if opening.failure:
         raise BackendError(f"rank {root} could not create the evaluator: {opening.failure}")
     sys.path += [entry for entry in opening.path if entry not in sys.path]
+    lasting = comm.Dup()
     control = comm.Dup()
     with _left_to_the_root(opening.signals):
         end = WorkerEnd.present = WorkerEnd(control, root)
-        with MPICommExecutor(control, root):
+        with MPICommExecutor(lasting, root):
             pass  # entering it serves
         WorkerEnd.present = None
         sent = end.close()
@@ -328,6 +342,7 @@ def serve(comm: MPI.Intracomm, root: int) -> int:
     control.reduce(sent, MPI.SUM, root)
     served, expected = control.scatter(None, root)
     end.drain(expected)
+    lasting.Free()
     control.Free()
     return int(served)
 
