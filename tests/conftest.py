@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,6 +22,16 @@ def signals_are_heard() -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def folder_for_servers() -> Iterator[Path]:
+    """Not one of pytest's: every pytest that starts closes those to other users, such as the one as which PostgreSQL
+    runs where the tests are root's.
+    """
+    with tempfile.TemporaryDirectory(prefix="evalkit-servers-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,6 @@ FILES = dict(re.findall(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", PAGE, re.D
 _QUICK = "order_of_submission or batches_are_at_least or crashed_fails or kind_of_exception or lambdas or nothing_out"
 
 
-pytestmark = pytest.mark.xdist_group("contributing")  # whose plugin they install once
-
-
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     pytest.importorskip("hatchling")

@@ -19,9 +19,6 @@ _QUICK = (
 )
 
 
-pytestmark = pytest.mark.xdist_group("example-plugin")  # which they install once
-
-
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     pytest.importorskip("hatchling")

@@ -159,7 +159,7 @@ def test_a_file_that_is_deleted_costs_no_result_in_memory(tmp_path: Path) -> Non
     assert not path.exists()
 
 
-def test_a_server_that_is_stopped_and_started_again(tmp_path: Path) -> None:
+def test_a_server_that_is_stopped_and_started_again(folder_for_servers: Path) -> None:
     for module in ("pgserver", "psycopg"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"no PostgreSQL to test against: {module} is not installed")
@@ -168,7 +168,7 @@ def test_a_server_that_is_stopped_and_started_again(tmp_path: Path) -> None:
         import pgserver
 
         def start() -> pgserver.PostgresServer:
-            return pgserver.get_server(tmp_path / "data", cleanup_mode="stop")
+            return pgserver.get_server(folder_for_servers / "away", cleanup_mode="stop")
 
         server = start()
         try:

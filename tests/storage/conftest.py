@@ -6,12 +6,13 @@ import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql_server(folder_for_servers: Path) -> Iterator[str]:
     """The URL of a server, as SQLAlchemy writes it."""
     for module in ("pgserver", "psycopg"):
         if importlib.util.find_spec(module) is None:
@@ -20,7 +21,7 @@ def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         warnings.simplefilter("ignore")  # those of the wheel and of what it imports
         import pgserver
 
-        server = pgserver.get_server(tmp_path_factory.mktemp("postgresql") / "data", cleanup_mode="delete")
+        server = pgserver.get_server(folder_for_servers / "postgresql", cleanup_mode="delete")
     yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
     server.cleanup()
 

@@ -15,7 +15,6 @@ from evalkit.testing.storage import StorageSuite
 from evalkit.testing.together import in_processes
 
 psycopg = pytest.importorskip("psycopg")
-pytestmark = pytest.mark.xdist_group("postgresql")  # one server
 
 
 class TestPostgreSQL(StorageSuite):

@@ -6,7 +6,7 @@ import pytest
 
 from evalkit.testing import BackendSuite
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 class TestRay(BackendSuite):

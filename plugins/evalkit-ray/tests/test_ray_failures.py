@@ -123,7 +123,6 @@ def tell_and_listen(job):
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.xdist_group("ray-failures")
 class TestLocal:
     def create(self, function, **kwargs):
         return Evaluator.create(function, "ray", {"grace": 0.2, **kwargs})
