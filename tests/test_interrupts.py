@@ -94,7 +94,7 @@ class Program:
         """What it wrote to standard error by its end, which comes soon, and leaves no process."""
         children = self.pids()
         _, err = self.process.communicate(timeout=300)
-        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children))
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), 5.0)
         return err
 
     def pids(self) -> set[int]:

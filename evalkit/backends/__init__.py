@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from evalkit.backends.executor import ExecutorBackend
     from evalkit.backends.executor_call import Fault, Reach
     from evalkit.backends.lead import Lead
+    from evalkit.backends.serialization import pack_exception, unpack_exception
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
 
 __all__ = [
@@ -62,8 +63,10 @@ __all__ = [
     "WorkerIdentity",
     "environment",
     "pack_call",
+    "pack_exception",
     "read_answer",
     "run_call",
+    "unpack_exception",
 ]
 
 _MODULES = {
@@ -79,8 +82,10 @@ _MODULES = {
     "SideChannelClient": "side_channel",
     "environment": "execution",
     "pack_call": "calls",
+    "pack_exception": "serialization",
     "read_answer": "calls",
     "run_call": "calls",
+    "unpack_exception": "serialization",
 }
 
 

@@ -41,7 +41,7 @@ class Mender:
         self._started = False
 
     def put(self, call: Call, end: BaseException | Outcome) -> None:
-        """Have a call looked at, because of the exception that ended it, or later; returns at once."""
+        """Have a call mended after an exception, or concluded with its outcome once that is late; returns at once."""
         self._queue.put((call, end))
         with self._lock:
             if not self._started:
@@ -62,11 +62,12 @@ class Mender:
                 continue
             if item is None:
                 return
-            if isinstance(item[1], BaseException):
-                self._mend(item[0], item[1])
+            call, end = item
+            if isinstance(end, BaseException):
+                self._mend(call, end)
             else:
-                late.append((time.monotonic() + self._patience, item[0], item[1]))
-            del item  # until the next one comes, this thread keeps no result alive
+                late.append((time.monotonic() + self._patience, call, end))
+            del item, call, end  # until the next one comes, this thread keeps no result alive
 
 
 def before_executors_wait(stop: Callable[[], None]) -> None:

@@ -11,9 +11,7 @@ from evalkit.interrupts import InterruptHeld, hears_only_interrupts
 __all__ = ["Lead"]
 
 _LONGEST = 0.020  # seconds for which it is lent, at most
-_PAUSE = (
-    0.002  # seconds for which the backend's thread stays away after another has led, and between its looks meanwhile
-)
+_PAUSE = 0.002  # seconds for which the backend's thread stays away once another has led, and between two looks
 _HANDOVER = 0.1  # seconds that the backend's thread may take to let go
 
 

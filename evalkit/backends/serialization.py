@@ -18,7 +18,7 @@ import cloudpickle
 
 from evalkit.errors import SerializationError
 
-__all__ = ["OUT_OF_BAND_BYTES", "Packer", "dumps", "explain", "loads"]
+__all__ = ["OUT_OF_BAND_BYTES", "Packer", "dumps", "explain", "loads", "pack_exception", "unpack_exception"]
 
 #: Buffers of at least this many bytes travel beside the pickle instead of in it.
 OUT_OF_BAND_BYTES = 65536
@@ -107,6 +107,23 @@ def dumps(value: Any, name: str, *, function: bool = False, in_band: bool = Fals
 def loads(data: bytes | bytearray, buffers: Iterable[Any] = ()) -> Any:
     """The inverse of :func:`dumps`."""
     return pickle.loads(data, buffers=buffers)
+
+
+def pack_exception(exc: BaseException) -> bytes:
+    """An exception as it travels; a description of it if it holds something that does not."""
+    try:
+        return pickle.dumps(exc)
+    except Exception:  # noqa: BLE001 - it holds something that does not travel
+        return pickle.dumps(RuntimeError(f"{type(exc).__name__}: {exc}"))
+
+
+def unpack_exception(data: bytes) -> BaseException:
+    """The inverse of :func:`pack_exception`; an exception that says so, if it cannot be rebuilt here."""
+    try:
+        exc: BaseException = pickle.loads(data)
+    except Exception as failure:  # noqa: BLE001 - an exception may want more arguments than it was pickled with
+        return RuntimeError(f"what became of a call cannot be read: {type(failure).__name__}: {failure}")
+    return exc
 
 
 def explain(value: Any, name: str, exc: BaseException) -> SerializationError:

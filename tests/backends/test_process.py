@@ -112,7 +112,7 @@ os.waitpid(child, 0)
 """
     with _script(script, tmp_path / "master.py") as master:
         out, err = master.communicate(timeout=BOUND)
-    assert float(out) < 60.0, err
+    assert float(out) < 5.0, err
 
 
 def test_a_fork_of_the_master_that_exits_harms_no_job(tmp_path: Path, files: Files) -> None:

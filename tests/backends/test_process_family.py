@@ -186,7 +186,7 @@ evaluator.gather("ALL")
         assert len(pids) == 2 * _FAMILY
         nursery = psutil.Process(master.pid).children()[0]
         master.kill()
-        eventually(lambda: not alive([*pids, nursery.pid]), "the end of everything the master had started")
+        eventually(lambda: not alive([*pids, nursery.pid]), "the end of everything the master had started", 5.0)
 
 
 def _child(job: RunningJob) -> int:

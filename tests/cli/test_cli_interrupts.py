@@ -81,7 +81,7 @@ def test_ctrl_c_on_a_terminal(shell, backend):
     assert b"Traceback" not in terminal.seen
     assert b"to resume: " in terminal.seen
     assert terminal.seen.count(b"\x1b[?25l") == terminal.seen.count(b"\x1b[?25h")  # the cursor is shown again
-    shell.wait_for(shell.workers_gone)
+    shell.wait_for(shell.workers_gone, 5.0)
     (shell.folder / "go").touch()
     shell("run", "work.py:polite", *GRID, "-w", "1", "--search", "s", "--resume")
     assert sorted(job["objective"] for job in shell.exported("s")) == [x * x for x in range(10)]
@@ -95,7 +95,7 @@ def test_a_terminal_that_is_closed_ends_it_in_good_order(shell, backend):
     finally:
         terminal.close()
     assert terminal.process.wait(300) == 75
-    shell.wait_for(shell.workers_gone)
+    shell.wait_for(shell.workers_gone, 5.0)
     states = [job["state"] for job in shell.exported("s", "--all")]
     assert states == ["DONE"] * 5 + ["CANCELLED"] * 5
 
@@ -154,7 +154,7 @@ def test_signals_at_any_instant_lose_nothing(shell, backend):
         assert "Traceback" not in err, err
         assert "ignored" not in err, err
         if (shell.folder / "ran.log").exists():
-            shell.wait_for(shell.workers_gone)
+            shell.wait_for(shell.workers_gone, 5.0)
     shell(*command)
     jobs = shell.exported("s")
     assert sorted(job["parameters"]["x"] for job in jobs) == list(range(10, 110))

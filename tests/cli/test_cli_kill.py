@@ -43,7 +43,7 @@ def test_killed_at_any_instant_and_resumed_until_done(shell, jobs, seconds):
         code = process.wait(300)
         told = (shell.folder / "o.jsonl").read_text() if (shell.folder / "o.jsonl").exists() else ""
         if shell.ran():
-            shell.wait_for(shell.workers_gone)
+            shell.wait_for(shell.workers_gone, 5.0)
         kills += code == -9
         if code == 0:
             break

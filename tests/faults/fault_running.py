@@ -25,7 +25,7 @@ __all__ = ["observe"]
 
 BOUND = 60.0  # seconds that a fault may take; machines of many users are slow
 _PROGRAM = 600.0  # seconds for a program of many faults
-_LINGER = 30.0  # seconds that processes may outlive the program
+_LINGER = 5.0  # seconds that processes may outlive the program
 _STANDSTILL = 2.0  # seconds after SIGTERM in which a program that cannot run does not end
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]

@@ -14,7 +14,7 @@ THREE_WORKERS = "test_as_many_run_at_once_as_there_are_workers"
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "tests"), [(3, f"not {THREE_WORKERS}"), (4, THREE_WORKERS)])
 def test_the_suite(program, ranks, tests):
-    program.bound = 1800.0
+    program.bound = 800.0
     pytest_command = ["-m", "pytest", str(SUITE), "-q", "-k", tests, "--timeout=300", "-p", "no:cacheprovider", "-n0"]
     done = program.run(ranks, sys.executable, "-m", "evalkit_mpi", *pytest_command)
     assert done.returncode == 0, done.stdout + done.stderr

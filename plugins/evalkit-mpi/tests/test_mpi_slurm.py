@@ -97,11 +97,13 @@ def _kill(process):
 @pytest.mark.slow
 def test_a_search_that_is_stopped_by_the_walltime_again_and_again_does_each_configuration_once(program):
     slurm = Slurm(program, jobs=60, seconds=0.4)
-    walltime, codes = 8.0, [slurm.submit(8.0)]
+    walltime, codes, done = 8.0, [slurm.submit(8.0)], [len(slurm.done())]
     assert codes == [75], slurm.log
     while slurm.requeued.exists():
         walltime *= 1.5  # which is enough at some time, however slow the machine
         codes.append(slurm.submit(walltime))
+        done.append(len(slurm.done()))
+    assert any(0 < number < 60 for number in done), slurm.log
     assert codes == [75] * (len(codes) - 1) + [0], slurm.log
     assert slurm.done() == list(range(60))
     assert "is being run by" not in slurm.log

@@ -168,7 +168,7 @@ def test_a_program_that_is_ended_leaves_no_process(number, tmp_path):
         process.send_signal(number)
         assert process.wait(BOUND) == (15 if number == signal.SIGTERM else -9)
     # Ray's own agents would take a minute to notice.
-    eventually(lambda: not any(runs(child) for child in children), "the end of all processes")
+    eventually(lambda: not any(runs(child) for child in children), "the end of all processes", 5.0)
     eventually(lambda: not os.path.exists(folder), "the end of Ray's folder")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from evalkit.backends import Program
+from evalkit.backends import Program, pack_exception
 
 __all__ = ["descendants", "get_ready", "serve"]
 
@@ -52,17 +51,10 @@ def serve(run: Callable[[Any], bytes]) -> None:
             answer = run(chunk)
         except Exception as exc:  # noqa: BLE001 - it belongs to the call
             connection.send_bytes(b"")
-            answer = _pickled(exc)
+            answer = pack_exception(exc)
         del chunk  # it may be large, and the next may be long in coming
         connection.send_bytes(answer)
         del answer
-
-
-def _pickled(exc: Exception) -> bytes:
-    try:
-        return pickle.dumps(exc)
-    except Exception:  # noqa: BLE001 - it holds something that does not travel
-        return pickle.dumps(RuntimeError(f"{type(exc).__name__}: {exc}"))
 
 
 def _end_with(parent: int) -> None:

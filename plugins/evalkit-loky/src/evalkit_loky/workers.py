@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import threading
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 from loky.process_executor import ProcessPoolExecutor, ShutdownExecutorError
 
-from evalkit.backends import Program
+from evalkit.backends import Program, unpack_exception
 from evalkit_loky.deaths import death_of, exit_of
 from evalkit_loky.line import Line
 from evalkit_loky.serving import descendants, get_ready, serve
@@ -116,14 +115,6 @@ class LokyWorkers(Executor):
                 process.kill()
 
 
-def _rebuilt(pickled: bytes) -> Exception:
-    try:
-        exc: Exception = pickle.loads(pickled)
-    except Exception as failure:  # noqa: BLE001 - an exception may want more arguments than it was pickled with
-        return RuntimeError(f"what became of a call cannot be read: {type(failure).__name__}: {failure}")
-    return exc
-
-
 class _Worker:
     """A pool of one, and the line to its process."""
 
@@ -189,7 +180,7 @@ class _Worker:
         if failure is None:
             future.set_result(answer)
         else:
-            future.set_exception(_rebuilt(failure))
+            future.set_exception(unpack_exception(failure))
 
     def _reason(self) -> BaseException:
         """Why the worker does not answer any more, as loky says it."""

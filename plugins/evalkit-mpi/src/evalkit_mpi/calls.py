@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
+
+from evalkit.backends import unpack_exception
 
 __all__ = ["Calls", "Seat"]
 
@@ -53,7 +54,7 @@ class Calls:
         """The call of a rank has raised an exception."""
         future = self._ended(rank)
         if future is not None:
-            future.set_exception(_rebuilt(pickled))
+            future.set_exception(unpack_exception(pickled))
 
     def end(self, why: BaseException, *, running: bool) -> None:
         """Take no more of them: those that wait are cancelled.
@@ -124,11 +125,3 @@ class Seat(Executor):
 def _fail(unsent: list[tuple[Future[Any], Exception]]) -> None:
     for future, exc in unsent:
         future.set_exception(exc)
-
-
-def _rebuilt(pickled: bytes) -> BaseException:
-    try:
-        exc: BaseException = pickle.loads(pickled)
-    except Exception as failure:  # noqa: BLE001 - an exception may want more arguments than it was pickled with
-        return RuntimeError(f"what became of a call cannot be read: {type(failure).__name__}: {failure}")
-    return exc

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from mpi4py import MPI
 
-from evalkit.backends import Program
+from evalkit.backends import Program, pack_exception
 from evalkit_mpi.tags import END_TAG, STOP_TAG, Kind, kind_of, tag
 from evalkit_mpi.waiting import Pauses, wait_for
 
@@ -38,7 +38,7 @@ class WorkerEnd:
         self._closed = False
         self._over = False
         self._stops: set[tuple[int, int]] = set()
-        self._pickled: dict[int, bytes | bytearray] = {}
+        self._pickled: dict[int, bytearray] = {}
         self._programs: dict[int, Program] = {}
         self._calls: deque[tuple[int, bytes]] = deque()
         self._next_look = 0.0
@@ -75,12 +75,12 @@ class WorkerEnd:
             try:
                 answer, kind = self._program(number)(chunk), Kind.ANSWER
             except BaseException as exc:  # noqa: BLE001 - it belongs to the call
-                answer, kind = _pickled(exc), Kind.FAILURE
+                answer, kind = pack_exception(exc), Kind.FAILURE
             del call, chunk  # it may be large, and the next may be long in coming
             try:
                 self.send(number, answer, kind)
             except Exception as exc:  # noqa: BLE001 - MPI refuses it: too much at once, say
-                self.send(number, _pickled(exc), Kind.FAILURE)
+                self.send(number, pack_exception(exc), Kind.FAILURE)
             del answer
 
     def _next_call(self) -> tuple[int, bytes] | None:
@@ -147,10 +147,3 @@ def serve_calls() -> None:
     if end is None:
         raise RuntimeError("this rank serves no evaluator")
     end.serve()
-
-
-def _pickled(exc: BaseException) -> bytes:
-    try:
-        return pickle.dumps(exc)
-    except Exception:  # noqa: BLE001 - it holds something that does not travel
-        return pickle.dumps(RuntimeError(f"{type(exc).__name__}: {exc}"))

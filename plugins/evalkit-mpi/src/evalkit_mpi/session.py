@@ -156,8 +156,7 @@ class Session:
                 return
             del self._open[self._key]
         self._calls.end(CancelledError("the evaluators are closed"), running=False)
-        for worker in self._workers:
-            self._send(worker, END_TAG, b"")
+        self._send_to_all(END_TAG, b"")
         self._executor.shutdown(wait=False)
         self._over = True
 
@@ -175,9 +174,7 @@ class Session:
         """
         if number not in self._seated:
             self._seated.add(number)
-            pickled = pickle.dumps(program, 5)
-            for worker in self._workers:
-                self._send(worker, tag(number, Kind.PROGRAM), pickled)
+            self._send_to_all(tag(number, Kind.PROGRAM), pickle.dumps(program, 5))
         return Seat(self._calls, number)
 
     def listen(self, number: int, receive: Callable[[Any], None] | None) -> None:
@@ -254,10 +251,10 @@ class Session:
             pairs = array.array("q")
             while self._stops:
                 pairs.extend(self._stops.popleft())
-            for worker in self._workers:
-                self._send(worker, STOP_TAG, pairs)
-        with self._send_lock:
-            self._sending = [entry for entry in self._sending if not entry[0].Test()]
+            self._send_to_all(STOP_TAG, pairs)
+        if self._sending:
+            with self._send_lock:
+                self._sending = [entry for entry in self._sending if not entry[0].Test()]
         return heard
 
     def _receive(self) -> bool:
@@ -287,6 +284,10 @@ class Session:
             self._sending.append((self._control.Isend([content, MPI.BYTE], rank, tag), content))
             self._sent[rank] += 1
         self._pauses.restart()  # something comes back, and may come soon
+
+    def _send_to_all(self, tag: int, content: bytes | array.array[int]) -> None:
+        for worker in self._workers:
+            self._send(worker, tag, content)
 
     def _when_served(self, lasting: Future[None]) -> None:
         """The call of a rank has ended; before the end of the session, that is a defect of ours."""
