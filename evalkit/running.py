@@ -148,7 +148,10 @@ def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
 
     Other objects, arrays and instances of subclasses among them, are shared; copying those is not ours to do.
     """
-    if SCALARS.issuperset(map(type, parameters.values())):
+    for value in parameters.values():
+        if type(value) not in SCALARS:
+            break
+    else:
         return parameters.copy()
     memo: dict[int, Any] = {}
     try:

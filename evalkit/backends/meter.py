@@ -14,26 +14,30 @@ from evalkit.running import RunningJob
 
 __all__ = ["Meter"]
 
-_SHORT = 0.001  # seconds; the peak memory is not asked for after runs that take less
-_CLOSE = 50e-6  # seconds between two runs, at most, for the CPU time after the one to do as that before the other
+_SHORT = 0.001  # seconds; the peak memory is not asked for after runs that take less, the CPU time not more often
+_BRIEF = 50e-6  # seconds, of a run or between two runs, which count as CPU time until the system is asked again
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 class Meter:
-    """Measures the runs of one worker, one after the other. Asking the system takes longer than a short run, so the CPU
-    time is asked for once a run where they follow closely, and the peak memory after some runs only.
+    """Measures the runs of one worker, one after the other.
+
+    Asking the system takes longer than a run that does nothing. So the peak memory is asked for after some runs only,
+    and the CPU time of a run of less than 50 µs is its duration. Where such runs follow each other closely, the system
+    is asked once in a millisecond, which is by how much the CPU time of the next longer run may be too small.
 
     Args:
         cpu_time: the clock of CPU time: of this thread, or where a run may have threads, of this process.
     """
 
-    __slots__ = ("_clock", "_cpu", "_end", "_peak")
+    __slots__ = ("_asked", "_clock", "_cpu", "_end", "_peak")
 
     def __init__(self, cpu_time: Callable[[], float] = time.thread_time) -> None:
         self._clock = cpu_time
         self._peak = _PeakMemory()
-        self._cpu = 0.0
+        self._cpu = 0.0  # at the end of the last run
         self._end = 0.0  # of the last run
+        self._asked = 0.0  # when the CPU time was asked for
 
     def pause(self) -> None:
         """The next run may be in another thread."""
@@ -42,7 +46,11 @@ class Meter:
     def run(self, function: RunFunction, job: RunningJob, worker: WorkerIdentity | None) -> Done | Failed:
         """Call the run function in this thread. Whatever it raises is an event, SystemExit included."""
         start = time.time()
-        cpu = self._cpu if 0.0 <= start - self._end < _CLOSE else self._clock()
+        pause = start - self._end
+        if 0.0 <= pause < _BRIEF:
+            cpu = self._cpu + pause
+        else:
+            cpu, self._asked = self._clock(), start
         try:
             output = function(job)
         except BaseException as exc:  # noqa: BLE001 - a failed job is a result
@@ -50,9 +58,15 @@ class Meter:
         return Done(job.id, output, self._measured(start, cpu), worker)
 
     def _measured(self, start: float, cpu: float) -> Measured:
-        self._cpu = now = self._clock()
         self._end = end = time.time()
-        return (start, end, now - cpu, self._peak.bytes if end - start < _SHORT else self._peak.ask())
+        duration = end - start
+        brief = 0.0 <= duration < _BRIEF
+        if brief and end - self._asked < _SHORT:
+            self._cpu = cpu + duration
+        else:
+            self._cpu, self._asked = self._clock(), end
+        used = duration if brief else max(0.0, self._cpu - cpu)
+        return (start, end, used, self._peak.bytes if duration < _SHORT else self._peak.ask())
 
 
 class _PeakMemory:

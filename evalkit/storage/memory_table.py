@@ -37,6 +37,7 @@ def _code_of(state: JobState) -> int:
 
 
 _ONE, _ZERO, _NEVER = array("l", [1]), array("l", [0]), array("q", [0])
+_MAX_CREATED = 64  # batches of jobs that wait to be filled in
 _MAX_LOG_SIZE = 64 * 2**20  # characters of logs that a search keeps in memory
 
 
@@ -69,6 +70,7 @@ class Table:
         self._owners: list[str | None] = []
         self._workers: list[str | None] = []
         self._birth = array("d")
+        self._created: list[tuple[int, str | None, float]] = []  # batches that are in the first two columns alone
         self._endings: dict[int, _Ending] = {}
         self._unwritten: list[Job] = []  # have ended, and go into the columns before anybody looks at those
         self._logs: dict[int, str] = {}  # the newest ones, oldest first
@@ -89,11 +91,23 @@ class Table:
 
     def create(self, args_list: Sequence[Mapping[str, Any]], owner: str | None) -> list[str]:
         first, n = len(self._ids), len(args_list)
-        numbers = range(first, first + n)
         prefix = self.id + "."
-        ids = [prefix + str(number) for number in numbers]
+        ids = [prefix + str(number) for number in range(first, first + n)]
         self._ids += ids
         self._args += args_list
+        self._created.append((n, owner, time.time()))
+        if len(self._created) > _MAX_CREATED:
+            self._fill()
+        return ids
+
+    def _fill(self) -> None:
+        """Fill in what was created since the table was last looked at."""
+        created, self._created = self._created, []
+        for n, owner, birth in created:
+            self._fill_batch(n, owner, birth)
+
+    def _fill_batch(self, n: int, owner: str | None, birth: float) -> None:
+        first = len(self._codes)
         self._codes += bytes(n)
         self._versions += _ONE * n  # an array; a list would be taken one by one
         self._attempts += _ZERO * n
@@ -102,11 +116,10 @@ class Table:
         self._metadata += nothing
         self._workers += nothing
         self._owners += [owner] * n
-        self._birth += array("d", [time.time()]) * n
+        self._birth += array("d", [birth]) * n
         self._counts[_QUEUED] += n
         self._last_change += _NEVER * n
-        self._log(numbers)
-        return ids
+        self._log(range(first, first + n))
 
     def end_later(self, jobs: Sequence[Job]) -> None:
         """Write the ends of these jobs before the table is next looked at."""
@@ -116,6 +129,7 @@ class Table:
             self._catch_up()
 
     def _catch_up(self) -> None:
+        self._fill()
         if not self._unwritten:
             return
         ended, self._unwritten = self._unwritten, []
