@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalkit.backends.base import RunFunction
-from evalkit.backends.chunk_wire import PLAIN, Entry, Kind, Message, Outcome, Packed, Saying, pack
+from evalkit.backends.chunk_wire import PLAIN, Entries, Kind, Message, Outcome, Packed, Saying, pack
 from evalkit.backends.events import Done, Failed, WorkerIdentity
 from evalkit.backends.execution import describe, failed, identity, take_all, visible
 from evalkit.backends.meter import Meter
@@ -249,14 +249,14 @@ class _ChunkRun:
         resident: _Resident,
         thread: _WorkerThread,
         number: int,
-        entries: list[Entry],
+        entries: Entries,
         resources: dict[int, dict[str, str]] | None,
     ) -> None:
         self._resident = resident
         self._thread = thread
         self._number = number
         self._resources = resources  # of each job, by its index, if they have any
-        self._waiting = deque(entries)
+        self._waiting = deque(zip(*entries, strict=True))
         self._ended: deque[Saying] = deque()
         self._held_bytes = 0
         self._packer = Packer("output", in_band=True)
@@ -279,7 +279,7 @@ class _ChunkRun:
     def run(self) -> Outcome:
         """Run all of them."""
         begin = time.perf_counter()
-        sent = time.time()
+        sent = self._since = time.time()
         jobs = 0
         client, waiting, ended, resident = self._client, self._waiting, self._ended, self._resident
         while waiting:
@@ -291,7 +291,6 @@ class _ChunkRun:
                 ended.append((Kind.SKIPPED, index))
                 continue
             jobs += 1
-            self._since = time.time()
             self._index, self._job_id = index, job_id
             if resident.prompt:
                 self._tell_start(index)
@@ -306,15 +305,15 @@ class _ChunkRun:
                 ended.append((Kind.PROGRESS, *self._progress))
                 self._progress = None
             ended.append(self._pack(index, end))
-            now = time.time()
+            self._since = now = time.time()
             if now - sent > resident.hold or self._held_bytes > _MAX_HELD_BYTES:
                 if waiting:
                     self.flush()
-                sent = now
+                sent = self._since = time.time()
         self._thread.rest()
         with self._sending:
             self._closed = True
-            return Outcome(tuple(ended), self._messages, jobs, time.perf_counter() - begin, self._thread.worker)
+            return Outcome(self._messages, jobs, time.perf_counter() - begin, tuple(ended), self._thread.worker)
 
     def _run_with(self, resources: dict[str, str], job_id: str, attempt: int, args: Any) -> Done | Failed:
         # The environment of a process that we share belongs to all.

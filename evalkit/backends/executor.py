@@ -29,10 +29,12 @@ from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.batching import ChunkSizer
 from evalkit.backends.chunk import Program, Setup
 from evalkit.backends.chunk_wire import (
+    Ends,
     Kind,
     Message,
     Outcome,
     pack_tasks,
+    read_ends,
     read_saying,
     unpack_message,
     unpack_outcome,
@@ -328,14 +330,14 @@ class ExecutorBackend(Backend):
         entries, bad, left = pack_tasks(tasks, same_memory)
         events += [failed(task.id, exc, None, None) for task, exc in bad]
         self._waiting.extendleft(reversed(left))
-        if not entries:
+        indices = entries[0]
+        if not indices:
             self._trial = False
             return None
-        call.tasks = {entry[0]: tasks[entry[0]] for entry in entries}
+        call.tasks = {index: tasks[index] for index in indices}
         # Either all tasks have resources or none has.
         resources = {position: tasks[position].resources for position in call.tasks} if tasks[0].resources else None
         chunk = (call.number, entries, resources)
-        call.jobs = len(entries)
         call.future = self._submit_chunk(chunk if same_memory else pickle.dumps(chunk, 5), call, events)
         if call.future is None:
             self._trial = False
@@ -407,8 +409,11 @@ class ExecutorBackend(Backend):
 
     def _read(self, call: Call, said: Message | Outcome) -> list[Event]:
         """With the lock: what a worker says as events; what it gave back is put first in line."""
+        tasks, worker = call.tasks, said.worker
+        if isinstance(said.sayings, Ends):
+            return read_ends(tasks, said.sayings, worker)
         events: list[Event] = []
-        tasks, worker, back = call.tasks, said.worker, []
+        back = []
         for saying in said.sayings:
             kind, index = saying[0], saying[1]
             task = tasks.get(index)

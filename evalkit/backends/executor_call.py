@@ -63,7 +63,6 @@ class Call:
         "doomed",
         "executor",
         "future",
-        "jobs",
         "left",
         "number",
         "outcome",
@@ -78,7 +77,6 @@ class Call:
         self.tasks: dict[int, Task] = {}
         self.executor: Executor | None = None
         self.future: Future[Any] | None = None
-        self.jobs = 0
         self.sent = 0.0
         self.started: set[int] = set()
         self.asked: set[int] = set()

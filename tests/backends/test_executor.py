@@ -19,7 +19,7 @@ import pytest
 from evalkit import ErrorInfo, Evaluator, Job, JobCause, JobState
 from evalkit.backends import Capabilities, ExecutorBackend, Fault, Reach
 from evalkit.backends.batching import ChunkSizer
-from evalkit.backends.chunk_wire import Kind, unpack_message
+from evalkit.backends.chunk_wire import Ends, Kind, unpack_message
 from evalkit.backends.loopback import LoopbackChannel
 from evalkit.backends.side_channel import Receive, SideChannel
 from evalkit.testing import functions
@@ -126,7 +126,8 @@ class Leaky(LoopbackChannel):
 
     def start(self, receive: Receive) -> None:
         def receive_most(data: bytes) -> None:
-            ends = any(saying[0] == Kind.DONE for saying in unpack_message(data).sayings)
+            sayings = unpack_message(data).sayings
+            ends = isinstance(sayings, Ends) or any(saying[0] == Kind.DONE for saying in sayings)
             if ends and not self.lost:
                 self.lost = True
             else:

@@ -144,7 +144,8 @@ class Recorder(SideChannelClient):
 def work(function: Any, client: SideChannelClient, jobs: int, *, hold: float = 0.01) -> Outcome:
     program = Program(Setup(function, None, lambda: "me", client, hold))
     try:
-        outcome: Outcome = program((100, [(i, f"s.{i}", 0, {"x": i}) for i in range(jobs)], None))
+        entries = (range(jobs), [f"s.{i}" for i in range(jobs)], [0] * jobs, [{"x": i} for i in range(jobs)])
+        outcome: Outcome = program((100, entries, None))
         return outcome
     finally:
         program.discard()
