@@ -116,6 +116,7 @@ class Job:
         error: what went wrong, for a failed job.
         cause: the kind of failure, for a failed job.
         number: its place in the order of submission, from 0, within its evaluator.
+        in_backend: whether the backend of its owner has it now, to run it or to have it wait there.
     """
 
     __slots__ = (
@@ -134,6 +135,7 @@ class Job:
         "cause",
         "error",
         "id",
+        "in_backend",
         "number",
         "output",
     )
@@ -145,6 +147,7 @@ class Job:
         self.args = args
         self.number = number
         self.attempt = 0
+        self.in_backend = False
         self.output: Any = None
         self.error: ErrorInfo | None = None
         self.cause: JobCause | None = None
@@ -453,9 +456,11 @@ class Job:
         Raises:
             IllegalTransitionError: that state cannot follow the present one; the job is as it was.
         """
-        present, measured = self._state, None
-        if run is not None:
-            measured = run.measured
+        present = self._state
+        if run is None:
+            measured = worker = None
+        else:
+            measured, worker = run.measured, run.worker
             if present is _QUEUED and (measured is not None or state is _DONE):
                 present = _RUNNING  # over so soon that nobody told of its start
         if state not in LEGAL_TRANSITIONS[present]:
@@ -465,8 +470,8 @@ class Job:
         self.error = error
         self.cause = cause
         self._told = told
-        if run is not None and run.worker is not None:
-            self._ran_by = run.worker
+        if worker is not None:
+            self._ran_by = worker
         if measured is not None:
             self._measured = measured
         elif told is not None and self._measured is not None:

@@ -135,10 +135,8 @@ class LocalChannel:
 
 def take_all(entries: deque[Any]) -> list[Any]:
     """Take what is in a deque from which another thread may take as well: each entry goes to one of the two."""
-    taken = []
-    while entries:
-        try:
+    taken: list[Any] = []
+    with contextlib.suppress(IndexError):
+        while True:
             taken.append(entries.popleft())
-        except IndexError:  # the other thread got the last
-            break
     return taken

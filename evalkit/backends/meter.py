@@ -30,14 +30,14 @@ class Meter:
         cpu_time: the clock of CPU time: of this thread, or where a run may have threads, of this process.
     """
 
-    __slots__ = ("_asked", "_clock", "_cpu", "_end", "_peak")
+    __slots__ = ("_clock", "_due", "_end", "_lag", "_peak")
 
     def __init__(self, cpu_time: Callable[[], float] = time.thread_time) -> None:
         self._clock = cpu_time
         self._peak = _PeakMemory()
-        self._cpu = 0.0  # at the end of the last run
+        self._lag = 0.0  # of the CPU time behind the time, when the system was asked
+        self._due = 0.0  # when it is to be asked again
         self._end = 0.0  # of the last run
-        self._asked = 0.0  # when the CPU time was asked for
 
     def pause(self) -> None:
         """The next run may be in another thread."""
@@ -46,27 +46,29 @@ class Meter:
     def run(self, function: RunFunction, job: RunningJob, worker: WorkerIdentity | None) -> Done | Failed:
         """Call the run function in this thread. Whatever it raises is an event, SystemExit included."""
         start = time.time()
-        pause = start - self._end
-        if 0.0 <= pause < _BRIEF:
-            cpu = self._cpu + pause
-        else:
-            cpu, self._asked = self._clock(), start
+        if not 0.0 <= start - self._end < _BRIEF:
+            self._ask(start)
         try:
             output = function(job)
         except BaseException as exc:  # noqa: BLE001 - a failed job is a result
-            return failed(job.id, exc, self._measured(start, cpu), worker)
-        return Done(job.id, output, self._measured(start, cpu), worker)
+            return failed(job.id, exc, self._measured(start), worker)
+        return Done(job.id, output, self._measured(start), worker)
 
-    def _measured(self, start: float, cpu: float) -> Measured:
+    def _measured(self, start: float) -> Measured:
         self._end = end = time.time()
         duration = end - start
-        brief = 0.0 <= duration < _BRIEF
-        if brief and end - self._asked < _SHORT:
-            self._cpu = cpu + duration
-        else:
-            self._cpu, self._asked = self._clock(), end
-        used = duration if brief else max(0.0, self._cpu - cpu)
-        return (start, end, used, self._peak.bytes if duration < _SHORT else self._peak.ask())
+        if 0.0 <= duration < _BRIEF:
+            if end > self._due:
+                self._ask(end)
+            return (start, end, duration, self._peak.bytes)
+        lag = self._lag
+        self._ask(end)
+        cpu_time = max(0.0, duration - (self._lag - lag))
+        return (start, end, cpu_time, self._peak.bytes if duration < _SHORT else self._peak.ask())
+
+    def _ask(self, now: float) -> None:
+        self._lag = now - self._clock()
+        self._due = now + _SHORT
 
 
 class _PeakMemory:

@@ -167,8 +167,10 @@ class _Inline(Backend):
 
     def _run_some(self, limit: int) -> bool:
         order, waiting, channels, events = self._order, self._waiting, self._channels, self._events
-        meter, worker = self._meter, self._worker
-        since = now = time.time()
+        function, state, unfit = self._function, self._state, self._unfit
+        meter, worker, say, brief = self._meter, self._worker, self._say, self._brief
+        now = time.time()
+        until = now + _HOLD
         ran = 0
         with _Interrupts() as interrupts:
             self._tell()  # a job that gathers others is not brief
@@ -176,13 +178,13 @@ class _Inline(Backend):
             while ran < limit and order:
                 job_id = order.popleft()
                 # Before it is taken, so that a cancel finds it in one place or the other.
-                channels[job_id] = channel = LocalChannel(self._say)
+                channels[job_id] = channel = LocalChannel(say)
                 task = waiting.pop(job_id, None)
                 if task is None:
                     del channels[job_id]
                     continue  # it was cancelled
                 ran += 1
-                if self._brief:
+                if brief:
                     self._running = job_id
                 else:  # it may take a while, as the last one did
                     events.append(Started(job_id, time.time(), self._worker))
@@ -191,17 +193,15 @@ class _Inline(Backend):
                 if not interrupts.seen:
                     try:
                         interrupts.in_job = True
-                        if self._unfit is None:
-                            job = RunningJob(
-                                own_copy(task.args), job_id, task.attempt, channel, self._state, task.resources
-                            )
-                            end = meter.run(self._call if task.resources else self._function, job, worker)
+                        if unfit is None:
+                            resources = task.resources
+                            job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, state, resources)
+                            end = meter.run(self._call if resources else function, job, worker)
                         else:
-                            end = failed(job_id, self._unfit, None, worker)
+                            end = failed(job_id, unfit, None, worker)
                         interrupts.in_job = False
                     except KeyboardInterrupt:  # it came just before the job, or just after it
-                        pass
-                interrupts.in_job = False
+                        interrupts.in_job = False
                 self._running = None
                 del channels[job_id]
                 channel.close()
@@ -210,10 +210,11 @@ class _Inline(Backend):
                     self._tell()
                     raise KeyboardInterrupt
                 events.append(end)
-                if end.measured is not None:
-                    now = end.measured[1] or now
-                    self._brief = now - end.measured[0] < _BRIEF
-                if interrupts.seen or not 0.0 <= now - since < _HOLD:
+                measured = end.measured
+                if measured is not None:
+                    now = measured[1] or now
+                    self._brief = brief = now - measured[0] < _BRIEF
+                if now > until or interrupts.seen:
                     break
             self._tell()
         if interrupts.seen:

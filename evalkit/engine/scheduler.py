@@ -94,7 +94,7 @@ class Scheduler:
         self._pump_again = False
         self._out: dict[str, Job] = {}
         self._pending: deque[Job] = deque()
-        self._in_backend: dict[str, Job] = {}
+        self._in_backend = 0  # how many of those that are out
         self._finished: dict[str, Job] = {}
         self._waiters: list[Waiter] = []
         self._last_number = -1
@@ -222,7 +222,7 @@ class Scheduler:
         """Take nothing in from now on, and end all that is out by force."""
         self.close_intake(reason)
         with self._lock:
-            running = list(self._in_backend)
+            running = [job.id for job in self._out.values() if job.in_backend]
         for job_id in running:
             self._backend.cancel(job_id, kill=True)
 
@@ -231,11 +231,12 @@ class Scheduler:
         turn = _Turn(self.clock())
         with self._lock:
             for job in list(self._out.values()):
+                job.in_backend = False
                 if job.state is not _CANCELLING:
                     job.move(_CANCELLING, reason)
                 self._end(turn, job, _CANCELLED)
             self._pending.clear()
-            self._in_backend.clear()
+            self._in_backend = 0
             self._conclude(turn)
         self._tell(turn)
 
@@ -315,15 +316,14 @@ class Scheduler:
         with self._lock:
             if self._closed_because is not None:
                 return []  # all of them are being cancelled; what goes makes no room for another attempt
-            in_backend = self._in_backend
             resources = self._resources
-            room = self._backend.capacity - len(in_backend)
+            room = self._backend.capacity - self._in_backend
             if self._recorder.durable and not self._recorder.away:
                 room = min(room, self._room_in_storage())
             if resources is not None:
                 # What waited in the backend would keep from others what it does not use yet.
                 at_once = 1 if self._backend.runs_in_caller else self._backend.num_workers
-                room = min(room, at_once - len(in_backend), resources.free)
+                room = min(room, at_once - self._in_backend, resources.free)
             batch: list[Job] = []
             while pending and len(batch) < room:
                 if room - len(batch) >= len(pending):
@@ -332,7 +332,9 @@ class Scheduler:
                 else:
                     first = [pending.popleft() for _ in range(room - len(batch))]
                 batch += [job for job in first if job.state is _QUEUED]  # else it was cancelled
-            in_backend.update(zip(map(_id, batch), batch, strict=True))
+            for job in batch:
+                job.in_backend = True
+            self._in_backend += len(batch)
             return batch if resources is None else [resources.lease(job) for job in batch]
 
     def _room_in_storage(self) -> int:
@@ -342,18 +344,18 @@ class Scheduler:
         unwritten = self._recorder.unwritten
         if unwritten and not self._backend.runs_in_caller:
             self._recorder.hurry()
-        return self._backend.num_workers - len(self._in_backend) - unwritten
+        return self._backend.num_workers - self._in_backend - unwritten
 
     # -- what the backend tells -----------------------------------------------------------------------------------
 
     def emit(self, events: Sequence[Event]) -> None:
         """What happened, in order. Called by the backend, from any thread."""
         turn = _Turn(self.clock())
-        handlers = self._handlers
+        handlers, out = self._handlers, self._out
         with self._lock:
             for event in events:
-                job = self._in_backend.get(event.job_id)
-                if job is not None:
+                job = out.get(event.job_id)
+                if job is not None and job.in_backend:
                     handlers[type(event)](turn, job, event)
                 elif type(event) is Released:
                     self._on_released(turn, None, event)  # else it was given up
@@ -371,6 +373,7 @@ class Scheduler:
             self._notifier.post("on_progress", turn.progressed)
             self._notifier.post("on_done", ended)
         if ended:
+            self._finished.update(zip(map(_id, ended), ended, strict=True))
             for waiter in self._waiters:
                 waiter.ended(ended)
             self._release_waiters()
@@ -460,7 +463,8 @@ class Scheduler:
             self._resources.release(event.job_id, event.attempt)
 
     def _leave_backend(self, job: Job, abandoned: bool = False) -> None:
-        del self._in_backend[job.id]
+        job.in_backend = False
+        self._in_backend -= 1
         if self._resources is not None:
             self._resources.give_back(job, abandoned)
 
@@ -488,7 +492,6 @@ class Scheduler:
         if callbacks:
             turn.callbacks.append((job, callbacks))
         del self._out[job.id]
-        self._finished[job.id] = job
         if self._retries.spent:
             self._retries.forget(job.id)
         turn.ended.append(job)
@@ -536,7 +539,7 @@ class Scheduler:
             ran, attempt = job.state is _RUNNING, job.attempt
             job.move(_CANCELLING, reason)
             asked = job.id in self._dooms  # it is out of time; from now on it gets no other attempt either
-            sent = job.id in self._in_backend
+            sent = job.in_backend
             if sent:
                 self._dooms[job.id] = reason
                 turn.changed.append(job)

@@ -37,7 +37,7 @@ def _code_of(state: JobState) -> int:
 
 
 _ONE, _ZERO, _NEVER = array("l", [1]), array("l", [0]), array("q", [0])
-_MAX_CREATED = 64  # batches of jobs that wait to be filled in
+_MAX_CREATED = 256  # batches of jobs that wait to be filled in
 _MAX_LOG_SIZE = 64 * 2**20  # characters of logs that a search keeps in memory
 
 
@@ -102,12 +102,11 @@ class Table:
 
     def _fill(self) -> None:
         """Fill in what was created since the table was last looked at."""
+        if not self._created:
+            return
         created, self._created = self._created, []
-        for n, owner, birth in created:
-            self._fill_batch(n, owner, birth)
-
-    def _fill_batch(self, n: int, owner: str | None, birth: float) -> None:
         first = len(self._codes)
+        n = len(self._ids) - first
         self._codes += bytes(n)
         self._versions += _ONE * n  # an array; a list would be taken one by one
         self._attempts += _ZERO * n
@@ -115,8 +114,9 @@ class Table:
         self._outputs += nothing
         self._metadata += nothing
         self._workers += nothing
-        self._owners += [owner] * n
-        self._birth += array("d", [birth]) * n
+        for count, owner, birth in created:
+            self._owners += [owner] * count
+            self._birth += array("d", [birth]) * count
         self._counts[_QUEUED] += n
         self._last_change += _NEVER * n
         self._log(range(first, first + n))
