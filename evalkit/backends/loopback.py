@@ -52,6 +52,7 @@ class LoopbackChannel(SideChannel):
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._received = memoryview(bytearray(_READ_BYTES))  # one for all: a new one for each read is slow to get
         self._peers: dict[socket.socket, _Peer] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._stops: dict[int, None] = {}  # that workers which connect later have to hear of
@@ -137,12 +138,12 @@ class LoopbackChannel(SideChannel):
 
     def _read(self, peer: _Peer) -> None:
         try:
-            data = peer.sock.recv(_READ_BYTES)
+            n = peer.sock.recv_into(self._received)
         except BlockingIOError:
             return
-        if not data:
+        if not n:
             raise ConnectionResetError
-        peer.incoming += data
+        peer.incoming += self._received[:n]
         if not peer.known:
             if not hmac.compare_digest(peer.incoming[:_TOKEN_BYTES], self._token[: len(peer.incoming)]):
                 raise ConnectionRefusedError

@@ -479,11 +479,12 @@ class Scheduler:
         cause: JobCause | None = None,
     ) -> None:
         """A run has ended; what that means depends on what was asked of it before, and on the retries that are left."""
-        doom = self._endings.over(job) if self._dooms or self._timed else None
-        if job.state is _CANCELLING:
-            state, error, cause = _CANCELLED, None, None
-        elif doom is not None:
-            state, error, cause = _FAILED, ErrorInfo("JobTimeout", doom), JobCause.TIMEOUT
+        if self._dooms or self._timed:
+            doom = self._endings.over(job)
+            if job.state is _CANCELLING:
+                state, error, cause = _CANCELLED, None, None
+            elif doom is not None:
+                state, error, cause = _FAILED, ErrorInfo("JobTimeout", doom), JobCause.TIMEOUT
         if cause is not None and error is not None and self._again(turn, job, cause, error, run):
             return
         if self._notifier.active and run is not None and job.state is _QUEUED:

@@ -30,6 +30,7 @@ class Line:
         self._lock = threading.Lock()
         self._outgoing: list[memoryview] = []
         self._incoming = bytearray()
+        self._received = memoryview(bytearray(_READ_BYTES))  # one for all: a new one for each read is slow to get
         self._is_closed = False
         self._pidfd: int | None = None
         self._sock, theirs = socket.socketpair()
@@ -80,14 +81,14 @@ class Line:
             if not self._wait():
                 continue
             try:
-                data = self._sock.recv(_READ_BYTES)
+                n = self._sock.recv_into(self._received)
             except BlockingIOError:
                 continue
             except OSError as exc:
                 raise EOFError(str(exc)) from exc
-            if not data:
+            if not n:
                 raise EOFError
-            self._incoming += data
+            self._incoming += self._received[:n]
         return message
 
     def close(self) -> None:
