@@ -31,8 +31,9 @@ class JobMetadata(Mapping[str, Any]):
     """Where, when and at what cost a job ran; a compact mapping that shows only what is known.
 
     Timestamps are seconds since the evaluator was created, ``duration`` and ``cpu_time`` are seconds, ``peak_rss`` is
-    bytes. ``ran_by`` is who ran it, and ``extra`` what else there is: what the run function returned under
-    ``"metadata"``, and ``resources`` and ``attempts``, where a job had some.
+    bytes. The CPU time of a run of less than 50 µs is its duration, since asking for it may take as long. ``ran_by`` is
+    who ran it, and ``extra`` what else there is: what the run function returned under ``"metadata"``, and ``resources``
+    and ``attempts``, where a job had some.
     """
 
     __slots__ = (

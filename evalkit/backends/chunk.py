@@ -279,7 +279,7 @@ class _ChunkRun:
     def run(self) -> Outcome:
         """Run all of them."""
         begin = time.perf_counter()
-        sent = self._since = time.time()
+        sent = time.time()
         jobs = 0
         client, waiting, ended, resident = self._client, self._waiting, self._ended, self._resident
         while waiting:
@@ -290,6 +290,8 @@ class _ChunkRun:
             if client is not None and client.stop_requested(self._number + index):
                 ended.append((Kind.SKIPPED, index))
                 continue
+            if not jobs:
+                self._since = time.time()  # to ask whether it is to stop may have taken a while
             jobs += 1
             self._index, self._job_id = index, job_id
             if resident.prompt:

@@ -24,7 +24,7 @@ class Meter:
 
     Asking the system takes longer than a run that does nothing. So the peak memory is asked for after some runs only,
     and the CPU time of a run of less than 50 µs is its duration. Where such runs follow each other closely, the system
-    is asked once in a millisecond, which is by how much the CPU time of the next longer run may be too small.
+    is asked once in a millisecond, which is by how much the CPU time of the next longer run may be wrong.
 
     Args:
         cpu_time: the clock of CPU time: of this thread, or where a run may have threads, of this process.
@@ -48,20 +48,20 @@ class Meter:
         start = time.time()
         if not 0.0 <= start - self._end < _BRIEF:
             self._ask(start)
+        lag = self._lag  # a run on serial may gather others, which are measured here as well
         try:
             output = function(job)
         except BaseException as exc:  # noqa: BLE001 - a failed job is a result
-            return failed(job.id, exc, self._measured(start), worker)
-        return Done(job.id, output, self._measured(start), worker)
+            return failed(job.id, exc, self._measured(start, lag), worker)
+        return Done(job.id, output, self._measured(start, lag), worker)
 
-    def _measured(self, start: float) -> Measured:
+    def _measured(self, start: float, lag: float) -> Measured:
         self._end = end = time.time()
         duration = end - start
         if 0.0 <= duration < _BRIEF:
             if end > self._due:
                 self._ask(end)
             return (start, end, duration, self._peak.bytes)
-        lag = self._lag
         self._ask(end)
         cpu_time = max(0.0, duration - (self._lag - lag))
         return (start, end, cpu_time, self._peak.bytes if duration < _SHORT else self._peak.ask())

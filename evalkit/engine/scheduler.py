@@ -373,7 +373,6 @@ class Scheduler:
             self._notifier.post("on_progress", turn.progressed)
             self._notifier.post("on_done", ended)
         if ended:
-            self._finished.update(zip(map(_id, ended), ended, strict=True))
             for waiter in self._waiters:
                 waiter.ended(ended)
             self._release_waiters()
@@ -493,6 +492,7 @@ class Scheduler:
         if callbacks:
             turn.callbacks.append((job, callbacks))
         del self._out[job.id]
+        self._finished[job.id] = job
         if self._retries.spent:
             self._retries.forget(job.id)
         turn.ended.append(job)

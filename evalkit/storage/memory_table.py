@@ -15,6 +15,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from evalkit.errors import FinalStateError, StorageError, VersionConflictError
+from evalkit.interrupts import InterruptHeld
 from evalkit.job import TERMINAL_STATES, ErrorInfo, Job, JobCause, JobState
 from evalkit.storage.base import JobRecord, JobUpdate
 from evalkit.storage.naming import job_not_found, split_job_id
@@ -37,7 +38,6 @@ def _code_of(state: JobState) -> int:
 
 
 _ONE, _ZERO, _NEVER = array("l", [1]), array("l", [0]), array("q", [0])
-_MAX_CREATED = 256  # batches of jobs that wait to be filled in
 _MAX_LOG_SIZE = 64 * 2**20  # characters of logs that a search keeps in memory
 
 
@@ -70,7 +70,6 @@ class Table:
         self._owners: list[str | None] = []
         self._workers: list[str | None] = []
         self._birth = array("d")
-        self._created: list[tuple[int, str | None, float]] = []  # batches that are in the first two columns alone
         self._endings: dict[int, _Ending] = {}
         self._unwritten: list[Job] = []  # have ended, and go into the columns before anybody looks at those
         self._logs: dict[int, str] = {}  # the newest ones, oldest first
@@ -84,6 +83,14 @@ class Table:
         # QUEUED jobs are those from _fresh on, and those put back, which wait in a heap; both are checked when taken.
         self._fresh = 0
         self._requeued: list[int] = []
+        self._empty_at_first: tuple[tuple[Any, Any], ...] = (
+            (self._codes, b"\0"),
+            (self._versions, _ONE),  # an array; a list would be taken one by one
+            (self._attempts, _ZERO),
+            (self._outputs, [None]),
+            (self._metadata, [None]),
+            (self._workers, [None]),
+        )
         self._leases: dict[int, float] = {}
         self._expiries: list[tuple[float, int]] = []
 
@@ -95,31 +102,21 @@ class Table:
         ids = [prefix + str(number) for number in range(first, first + n)]
         self._ids += ids
         self._args += args_list
-        self._created.append((n, owner, time.time()))
-        if len(self._created) > _MAX_CREATED:
-            self._fill()
-        return ids
-
-    def _fill(self) -> None:
-        """Fill in what was created since the table was last looked at."""
-        if not self._created:
-            return
-        created, self._created = self._created, []
-        first = len(self._codes)
-        n = len(self._ids) - first
-        self._codes += bytes(n)
-        self._versions += _ONE * n  # an array; a list would be taken one by one
-        self._attempts += _ZERO * n
-        nothing = [None] * n
-        self._outputs += nothing
-        self._metadata += nothing
-        self._workers += nothing
-        for count, owner, birth in created:
-            self._owners += [owner] * count
-            self._birth += array("d", [birth]) * count
+        self._owners += [owner] * n
+        self._birth += array("d", [time.time()]) * n
         self._counts[_QUEUED] += n
         self._last_change += _NEVER * n
         self._log(range(first, first + n))
+        return ids
+
+    def _fill(self) -> None:
+        """Extend the columns in which new jobs have nothing, and which wait for somebody to look.
+
+        It can be interrupted anywhere, in the middle of what a user reads: the next one goes on.
+        """
+        n = len(self._ids)
+        for column, nothing in self._empty_at_first:
+            column.extend(nothing * (n - len(column)))
 
     def end_later(self, jobs: Sequence[Job]) -> None:
         """Write the ends of these jobs before the table is next looked at."""
@@ -130,10 +127,12 @@ class Table:
 
     def _catch_up(self) -> None:
         self._fill()
-        if not self._unwritten:
-            return
-        ended, self._unwritten = self._unwritten, []
-        updates = [JobUpdate.of(job) for job in ended]
+        if self._unwritten:
+            with InterruptHeld():  # it is a user who reads
+                ended, self._unwritten = self._unwritten, []
+                self._write_ends([JobUpdate.of(job) for job in ended])
+
+    def _write_ends(self, updates: Sequence[JobUpdate]) -> None:
         try:
             self.write(updates, *self.check(updates))
         except StorageError:

@@ -30,3 +30,18 @@ def test_the_cpu_time_of_a_long_run_is_its_own_among_brief_ones(method: str) -> 
     assert slept["cpu_time"] < 0.05
     brief_jobs = [job for job in jobs if not job.args]
     assert all(0.0 <= job.metadata["cpu_time"] <= job.metadata["duration"] + 0.01 for job in brief_jobs)
+
+
+def test_the_cpu_time_of_a_job_that_gathers_others_is_its_own() -> None:
+    def function(job: RunningJob) -> None:
+        if "inner" in job:
+            return
+        time.sleep(0.2)
+        evaluator.submit([{"inner": 1}])
+        evaluator.gather("BATCH", 1)
+
+    with Evaluator.create(function, "serial") as evaluator:
+        (outer,) = evaluator.submit([{}])
+        evaluator.gather("ALL")
+    assert outer.metadata["duration"] >= 0.2
+    assert outer.metadata["cpu_time"] < 0.1

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from loky import get_reusable_executor
 from evalkit import Evaluator, JobCause, JobState
 from evalkit.testing import BackendSuite, functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, gathering, in_background
+from evalkit_loky.workers import LokyWorkers
 
 Make = Callable[..., Evaluator]
 
@@ -207,6 +209,43 @@ def test_a_fork_that_python_is_not_told_of_does_not_answer_for_the_worker(make: 
     jobs = evaluator.submit([{"x": x} for x in range(20)])
     assert evaluator.gather("ALL") == jobs
     assert [job.output for job in jobs] == 20 * [False]
+
+
+class _Names:
+    """Stands for a program: a chunk is a file to wait for, and then maybe a word."""
+
+    def install(self) -> None:
+        pass
+
+    @property
+    def resident(self) -> Callable[[bytes], bytes]:
+        return _answer
+
+
+def _answer(chunk: bytes) -> bytes:
+    path, _, word = chunk.decode().partition(":")
+    while path and not os.path.exists(path):
+        time.sleep(0.01)
+    if word == "die":
+        os._exit(3)
+    return str(os.getpid()).encode()
+
+
+def test_what_is_sent_at_the_news_of_a_death_goes_to_different_workers(tmp_path: Path) -> None:
+    """Two in one worker would be to blame together, and the second has not even started."""
+    names: Any = _Names()
+    workers = LokyWorkers(2, names)
+    try:
+        first = workers.submit(names, f"{tmp_path / 'first'}:".encode())
+        second = workers.submit(names, f"{tmp_path / 'second'}:die".encode())
+        sent: Future[list[Future[bytes]]] = Future()
+        second.add_done_callback(lambda _: sent.set_result([workers.submit(names, b":") for _ in range(2)]))
+        (tmp_path / "first").touch()
+        first.result(BOUND)  # the other worker has nothing to do, and is the first to be asked
+        (tmp_path / "second").touch()
+        assert len({call.result(BOUND) for call in sent.result(BOUND)}) == 2
+    finally:
+        workers.end(BOUND, kill=True)
 
 
 def test_a_worker_that_takes_nothing_holds_up_nobody(make: Make) -> None:

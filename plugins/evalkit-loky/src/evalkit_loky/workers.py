@@ -168,9 +168,11 @@ class _Worker:
         self._pool.shutdown(wait=False, kill_workers=True)
         with self._lock:
             self._end = end
-        for future in self.calls:
-            future.set_exception(end)
+        # By the time at which anybody hears of it, this worker has no calls: what is sent then goes to the idlest.
+        calls = list(self.calls)
         self.calls.clear()
+        for future in calls:
+            future.set_exception(end)
         self._line.close()
 
     def _read_answer(self) -> None:
