@@ -506,6 +506,16 @@ def test_a_thousand_executes_on_serial() -> None:
     assert [job.output for job in jobs] == list(range(1000))
 
 
+def test_to_execute_another_evaluators_job_takes_none_of_ours() -> None:
+    with Evaluator.create(echo, "thread") as ours, Evaluator.create(echo, "thread") as other:
+        (mine,) = ours.submit([{"x": 1}])
+        (theirs,) = other.submit([{"x": 2}])
+        assert mine.wait(BOUND)
+        assert asyncio.run(ours.execute(theirs)) is theirs
+        assert ours.gather("ALL") == [mine]
+        assert other.gather("ALL") == [theirs]
+
+
 def test_many_executes_leave_the_loops_threads_alone(files: Files) -> None:
     async def main() -> int:
         with Evaluator.create(hold, "thread", {"num_workers": 2}) as evaluator:

@@ -95,7 +95,7 @@ class Scheduler:
         self._out: dict[str, Job] = {}
         self._pending: deque[Job] = deque()
         self._in_backend = 0  # how many of those that are out
-        self._finished: dict[str, Job] = {}
+        self._finished: dict[int, Job] = {}  # by number: a large dict of strings looks at all of them as it grows
         self._waiters: list[Waiter] = []
         self._last_number = -1
         self._admitted = 0
@@ -204,7 +204,10 @@ class Scheduler:
     def take(self, job: Job) -> bool:
         """Take one job that has ended; say whether nobody had taken it before."""
         with self._lock:
-            return self._finished.pop(job.id, None) is not None
+            if self._finished.get(job.number) is not job:  # it may be another evaluator's
+                return False
+            del self._finished[job.number]
+            return True
 
     def put_back(self, job: Job) -> None:
         """Undo taking: the next gather returns it."""
@@ -264,7 +267,7 @@ class Scheduler:
         return True
 
     def _put_back(self, jobs: Iterable[Job]) -> None:
-        self._finished = {job.id: job for job in jobs} | self._finished
+        self._finished = {job.number: job for job in jobs} | self._finished
         self._release_waiters()
 
     def _release_waiters(self) -> None:
@@ -492,7 +495,7 @@ class Scheduler:
         if callbacks:
             turn.callbacks.append((job, callbacks))
         del self._out[job.id]
-        self._finished[job.id] = job
+        self._finished[job.number] = job
         if self._retries.spent:
             self._retries.forget(job.id)
         turn.ended.append(job)

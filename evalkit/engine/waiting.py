@@ -52,18 +52,18 @@ class Waiter:
         """
         raise NotImplementedError
 
-    def choose(self, finished: dict[str, Job]) -> list[Job]:
+    def choose(self, finished: dict[int, Job]) -> list[Job]:
         """Which of the jobs that have ended it takes along."""
         return []
 
-    def release(self, finished: dict[str, Job]) -> None:
+    def release(self, finished: dict[int, Job]) -> None:
         """Let the thread go on, with its jobs."""
         self.jobs = self.choose(finished)
         if len(self.jobs) == len(finished):
             finished.clear()
         else:
             for job in self.jobs:
-                del finished[job.id]
+                del finished[job.number]
         self.done = True
         self._gate.release()
 
@@ -97,7 +97,7 @@ class BatchWaiter(Waiter):
     def satisfied(self, finished: int, out: int) -> bool:
         return finished >= self._size or out == 0
 
-    def choose(self, finished: dict[str, Job]) -> list[Job]:
+    def choose(self, finished: dict[int, Job]) -> list[Job]:
         return list(finished.values())
 
 
@@ -115,7 +115,7 @@ class AllWaiter(Waiter):
     def satisfied(self, finished: int, out: int) -> bool:
         return self._missing <= 0
 
-    def choose(self, finished: dict[str, Job]) -> list[Job]:
+    def choose(self, finished: dict[int, Job]) -> list[Job]:
         last = self._last
         return sorted([job for job in finished.values() if job.number <= last], key=_by_number)
 
