@@ -239,11 +239,14 @@ def test_what_is_sent_at_the_news_of_a_death_goes_to_different_workers(tmp_path:
         first = workers.submit(names, f"{tmp_path / 'first'}:".encode())
         second = workers.submit(names, f"{tmp_path / 'second'}:die".encode())
         sent: Future[list[Future[bytes]]] = Future()
-        second.add_done_callback(lambda _: sent.set_result([workers.submit(names, b":") for _ in range(2)]))
+        chunk = f"{tmp_path / 'both'}:".encode()  # so that the first is still there when the second is sent
+        second.add_done_callback(lambda _: sent.set_result([workers.submit(names, chunk) for _ in range(2)]))
         (tmp_path / "first").touch()
         first.result(BOUND)  # the other worker has nothing to do, and is the first to be asked
         (tmp_path / "second").touch()
-        assert len({call.result(BOUND) for call in sent.result(BOUND)}) == 2
+        calls = sent.result(BOUND)
+        (tmp_path / "both").touch()
+        assert len({call.result(BOUND) for call in calls}) == 2
     finally:
         workers.end(BOUND, kill=True)
 
