@@ -251,6 +251,37 @@ print(interrupted)
 """
 
 
+SWEEP_OF_READS = """
+from evalkit import Job, JobState
+
+number, interrupted = 0, True
+while interrupted:
+    number += 1
+    storage = MemoryStorage()
+    search = storage.create_search()
+    ids = [job for _ in range(3) for job in storage.create_jobs(search, [{"x": 1}] * 2)]
+    ended = Job(ids[1], {"x": 1})
+    ended.move(JobState.RUNNING)
+    ended.finish(JobState.DONE, 7)
+    storage.end_jobs([ended])
+    sys.setprofile(interrupt_at(number))
+    try:
+        storage.count_jobs(search)
+        sys.setprofile(None)
+        interrupted = False
+    except KeyboardInterrupt:
+        sys.setprofile(None)
+    ids += storage.create_jobs(search, [{"x": 2}])
+    records = storage.load_jobs(search)
+    assert [record.id for record in records] == ids, number
+    assert [record.output for record in records] == [None, 7, None, None, None, None, None], number
+    assert storage.count_jobs(search) == {JobState.QUEUED: 6, JobState.DONE: 1}, number
+    assert {record.id for record in storage.changes(search)[0]} == set(ids), number
+    assert [record.id for record in storage.claim_jobs(search, 9, "me", 60.0)] == [ids[0], *ids[2:]], number
+print(number)
+"""
+
+
 @pytest.mark.parametrize(
     ("sweep", "backend", "storage", "what"),
     [
@@ -259,6 +290,7 @@ print(interrupted)
         *((SWEEP_OF_GATHER, backend, "memory", "callbacks") for backend in ("serial", "thread")),
         (SWEEP_OF_GATHER, "serial", "memory", "talk"),
         (SWEEP_OF_GATHER, "process", "memory", ""),
+        (SWEEP_OF_READS, "", "memory", ""),
     ],
 )
 def test_wherever_ctrl_c_comes_nothing_is_torn(

@@ -290,9 +290,8 @@ class _ChunkRun:
             if client is not None and client.stop_requested(self._number + index):
                 ended.append((Kind.SKIPPED, index))
                 continue
-            if not jobs:
-                self._since = time.time()  # to ask whether it is to stop may have taken a while
             jobs += 1
+            self._since = time.time()
             self._index, self._job_id = index, job_id
             if resident.prompt:
                 self._tell_start(index)
@@ -307,11 +306,11 @@ class _ChunkRun:
                 ended.append((Kind.PROGRESS, *self._progress))
                 self._progress = None
             ended.append(self._pack(index, end))
-            self._since = now = time.time()
+            now = time.time()
             if now - sent > resident.hold or self._held_bytes > _MAX_HELD_BYTES:
                 if waiting:
                     self.flush()
-                sent = self._since = time.time()
+                sent = now
         self._thread.rest()
         with self._sending:
             self._closed = True

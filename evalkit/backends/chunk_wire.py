@@ -155,8 +155,7 @@ def pack_tasks(
     Returns:
         what goes into the chunk; the jobs whose arguments do not pickle, with why; those that are too many for it.
     """
-    args_of = list(map(_args, tasks))
-    if not same_memory and are_plain(args_of, PLAIN):
+    if not same_memory and are_plain(args_of := list(map(_args, tasks)), PLAIN):
         return (list(range(len(tasks))), list(map(_id, tasks)), list(map(_attempt, tasks)), args_of), [], ()
     rows: list[tuple[int, str, int, Any]] = []
     bad: list[tuple[Task, SerializationError]] = []
@@ -185,8 +184,8 @@ def _entries(rows: list[tuple[int, str, int, Any]]) -> Entries:
 
 def read_ends(tasks: dict[int, Task], ends: Ends, worker: WorkerIdentity) -> list[Event]:
     """Take the jobs that have ended out of ``tasks``, by their indices, and say so; those not there were abandoned."""
-    measured = zip(ends.starts, ends.ends, ends.cpu_times, ends.peaks, strict=True)
-    rows = zip(map(tasks.pop, ends.indices, repeat(None)), ends.outputs, measured, strict=True)
+    all_measured = zip(ends.starts, ends.ends, ends.cpu_times, ends.peaks, strict=True)
+    rows = zip(map(tasks.pop, ends.indices, repeat(None)), ends.outputs, all_measured, strict=True)
     return [Done(task.id, output, measured, worker) for task, output, measured in rows if task is not None]
 
 

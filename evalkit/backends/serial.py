@@ -168,7 +168,7 @@ class _Inline(Backend):
     def _run_some(self, limit: int) -> bool:
         order, waiting, channels, events = self._order, self._waiting, self._channels, self._events
         function, state, unfit = self._function, self._state, self._unfit
-        meter, worker, say, brief = self._meter, self._worker, self._say, self._brief
+        meter, worker, say = self._meter, self._worker, self._say
         now = time.time()
         until = now + _HOLD
         ran = 0
@@ -184,7 +184,7 @@ class _Inline(Backend):
                     del channels[job_id]
                     continue  # it was cancelled
                 ran += 1
-                if brief:
+                if self._brief:
                     self._running = job_id
                 else:  # it may take a while, as the last one did
                     events.append(Started(job_id, time.time(), self._worker))
@@ -213,7 +213,7 @@ class _Inline(Backend):
                 measured = end.measured
                 if measured is not None:
                     now = measured[1] or now
-                    self._brief = brief = now - measured[0] < _BRIEF
+                    self._brief = now - measured[0] < _BRIEF
                 if now > until or interrupts.seen:
                     break
             self._tell()

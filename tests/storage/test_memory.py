@@ -1,17 +1,12 @@
 from __future__ import annotations
 
 import pickle
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 
 from evalkit.errors import SerializationError, StorageURLError
-from evalkit.job import Job, JobState
+from evalkit.job import JobState
 from evalkit.storage import JobUpdate, MemoryStorage, NullStorage, Storage, memory_table
 from evalkit.testing.storage import StorageSuite
 
@@ -38,50 +33,6 @@ def test_memory_holds_the_newest_logs_only(monkeypatch: pytest.MonkeyPatch) -> N
     for job in ids:
         storage.update_jobs([JobUpdate(job, JobState.DONE, log="x" * 40)])
     assert [len(storage.load_log(job)) for job in ids] == [0, 0, 0, 40, 40]
-
-
-def _interrupt_at(number: int) -> Callable[..., None]:
-    """Ctrl-C at one of the places in evalkit where Python looks for signals."""
-    seen = 0
-
-    def watch(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal seen
-        if event in ("call", "c_return") and "evalkit" in frame.f_code.co_filename:
-            seen += 1
-            if seen == number:
-                sys.setprofile(None)
-                signal.raise_signal(signal.SIGINT)
-
-    return watch
-
-
-def test_a_read_that_is_interrupted_anywhere_leaves_the_records_whole() -> None:
-    number, interrupted = 0, True
-    while interrupted:
-        number += 1
-        storage = MemoryStorage()
-        search = storage.create_search()
-        ids = [job for _ in range(3) for job in storage.create_jobs(search, [{"x": 1}] * 2)]
-        ended = Job(ids[1], {"x": 1})
-        ended.move(JobState.RUNNING)
-        ended.finish(JobState.DONE, 7)
-        storage.end_jobs([ended])
-        sys.setprofile(_interrupt_at(number))
-        try:
-            storage.count_jobs(search)
-            interrupted = False
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.setprofile(None)
-        ids += storage.create_jobs(search, [{"x": 2}])
-        records = storage.load_jobs(search)
-        assert [record.id for record in records] == ids, number
-        assert [record.output for record in records] == [None, 7, None, None, None, None, None], number
-        assert storage.count_jobs(search) == {JobState.QUEUED: 6, JobState.DONE: 1}, number
-        assert {record.id for record in storage.changes(search)[0]} == set(ids), number
-        assert [record.id for record in storage.claim_jobs(search, 9, "me", 60.0)] == [ids[0], *ids[2:]], number
-    assert number > 10
 
 
 @pytest.mark.parametrize("kind", [MemoryStorage, NullStorage])
