@@ -85,9 +85,22 @@ class Run(Protocol):
 class _Said:
     """What there is to say of few jobs."""
 
-    __slots__ = ("attempts", "captured", "kept", "phase", "progress", "records", "resources", "stop_message")
+    __slots__ = (
+        "attempts",
+        "captured",
+        "cause",
+        "error",
+        "kept",
+        "phase",
+        "progress",
+        "records",
+        "resources",
+        "stop_message",
+    )
 
     def __init__(self) -> None:
+        self.error: ErrorInfo | None = None
+        self.cause: JobCause | None = None
         self.attempts: list[Attempt] = []
         self.resources: dict[str, str] = {}
         self.progress = 0.0
@@ -113,8 +126,6 @@ class Job:
         attempt: 0 for the first run, one more for each retry.
         output: what the run function returned; None until then. A number, ``"F_reason"``, a tuple, a mapping with
             ``objective`` and/or ``metadata``, or any object at all.
-        error: what went wrong, for a failed job.
-        cause: the kind of failure, for a failed job.
         number: its place in the order of submission, from 0, within its evaluator.
         in_backend: whether the backend of its owner has it now, to run it or to have it wait there.
     """
@@ -132,8 +143,6 @@ class Job:
         "_told",
         "args",
         "attempt",
-        "cause",
-        "error",
         "id",
         "in_backend",
         "number",
@@ -149,8 +158,6 @@ class Job:
         self.attempt = 0
         self.in_backend = False
         self.output: Any = None
-        self.error: ErrorInfo | None = None
-        self.cause: JobCause | None = None
         self._created = created
         self._state = _QUEUED
         self._owner = owner
@@ -231,6 +238,16 @@ class Job:
     def objective_failed(self) -> bool:
         """Whether the function returned, and its objective says that the evaluation failed (``"F_…"``, NaN, ±inf)."""
         return is_failed_objective(self.objective)
+
+    @property
+    def error(self) -> ErrorInfo | None:
+        """What went wrong, for a failed job."""
+        return self._said.error
+
+    @property
+    def cause(self) -> JobCause | None:
+        """The kind of failure, for a failed job."""
+        return self._said.cause
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -423,7 +440,7 @@ class Job:
         said.attempts.append(Attempt.ended(self.attempt, cause, error, ran_by, start, end, said.resources))
         said.resources = {}
         self.attempt += 1
-        self.output = self.error = self.cause = self._measured = self._ran_by = None
+        self.output = said.error = said.cause = self._measured = self._ran_by = None
         said.progress, said.phase, said.captured, said.kept = 0.0, "", None, len(said.records or ())
 
     def rerun(self) -> None:
@@ -443,7 +460,7 @@ class Job:
         cause: JobCause | None = None,
         run: Run | None = None,
         told: float | None = None,
-    ) -> list[Callable[[Job], None]]:
+    ) -> bool:
         """Go to a terminal state with what it leaves behind.
 
         Args:
@@ -451,7 +468,7 @@ class Job:
             told: when that was known, in seconds on the owner's clock.
 
         Returns:
-            the callbacks that wait for this, to be called without the lock.
+            whether callbacks wait for this: :meth:`take_callbacks`.
 
         Raises:
             IllegalTransitionError: that state cannot follow the present one; the job is as it was.
@@ -467,8 +484,9 @@ class Job:
             self._check_transition(state)
         # What belongs to the end is in place before the state says that it has come: readers take no lock.
         self.output = output
-        self.error = error
-        self.cause = cause
+        if error is not None or cause is not None:
+            said = self._say()
+            said.error, said.cause = error, cause
         self._told = told
         if worker is not None:
             self._ran_by = worker
@@ -477,9 +495,10 @@ class Job:
         elif told is not None and self._measured is not None:
             self._measured = self._measured[0], self._epoch + told, None, None
         self._state = state
-        return [] if self._callbacks is None else self._take_callbacks()
+        return self._callbacks is not None
 
-    def _take_callbacks(self) -> list[Callable[[Job], None]]:
+    def take_callbacks(self) -> list[Callable[[Job], None]]:
+        """Those that wait for its end, each once; to be called without the lock."""
         with _registering:
             callbacks, self._callbacks = self._callbacks, None
         return callbacks or []
@@ -495,9 +514,10 @@ class Job:
         metadata: Mapping[str, Any],
     ) -> None:
         """Take over what a storage kept of it."""
-        self._state, self.output, self.error, self.cause, self.attempt = state, output, error, cause, attempt
-        if records:
-            self._say().records = records
+        self._state, self.output, self.attempt = state, output, attempt
+        if error is not None or cause is not None or records:
+            said = self._say()
+            said.error, said.cause, said.records = error, cause, records or None
         self._known = JobMetadata.of(metadata)
         extra = self._known.extra
         if extra is not None:
@@ -534,7 +554,7 @@ class Job:
             self._callbacks = [*(self._callbacks or ()), callback]
         # The end sets the state before it takes the callbacks, so one of the two sees the other.
         if self.is_complete:
-            for waiting in self._take_callbacks():
+            for waiting in self.take_callbacks():
                 waiting(self)
 
 

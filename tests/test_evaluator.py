@@ -17,6 +17,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1009,6 +1010,27 @@ def test_a_job_that_reports_runs_though_its_start_was_not_told_yet():
         backend.finish(job.id)
         assert evaluator.gather("ALL") == [job]
     assert (job.output, job.records) == (7, [{"step": 1}])
+
+
+class _SaysNonsense(_SaysItsStartLate):
+    """Tells of the end of a job, and then of something that no evaluator knows."""
+
+    capacity = 2
+
+    def dispatch(self, tasks):
+        first, second = tasks
+        with pytest.raises(KeyError):
+            self._emit([Done(first.id, 7), SimpleNamespace(job_id=second.id)])
+
+
+def test_an_end_that_was_told_before_nonsense_counts():
+    storage = MemoryStorage()
+    with Evaluator(lambda job: None, backend := _SaysNonsense(1), storage=storage) as evaluator:
+        first, second = evaluator.submit([{}, {}])
+        assert evaluator.gather("BATCH", 1) == [first]
+        assert (first.output, storage.load_jobs(evaluator.search_id)[0].output) == (7, 7)
+        backend.finish(second.id)
+        assert evaluator.gather("ALL") == [second]
 
 
 @pytest.mark.parametrize("method", ["thread", "process"])

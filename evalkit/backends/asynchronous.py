@@ -10,6 +10,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
@@ -33,6 +34,7 @@ __all__ = ["AsyncBackend", "RunFailedError", "RunLostError"]
 
 _log = logging.getLogger("evalkit")
 
+_id = attrgetter("id")
 _HOLD = 0.001  # seconds that the end of a job may wait for the ends of others
 _BRIEF = 0.0005  # seconds; where jobs take less, their starts may wait as well
 
@@ -62,15 +64,17 @@ class RunLostError(Exception):
 class _Run(LocalChannel):
     """One run of a job, and its channel."""
 
-    __slots__ = ("job", "lane", "task", "was_killed", "worker")
+    __slots__ = ("job", "lane", "since", "task", "told", "was_killed", "worker")
 
-    job: RunningJob
+    task: Task
+    job: RunningJob  # which holds this; gone with the run, so that neither waits for the garbage collector
 
-    def __init__(self, emit: Emit, task: Task, lane: asyncio.Task[None], worker: WorkerIdentity) -> None:
+    def __init__(self, emit: Emit, lane: asyncio.Task[None], worker: WorkerIdentity) -> None:
         super().__init__(emit)
-        self.task = task
         self.lane = lane
         self.worker = worker
+        self.since = 0.0  # on the clock of the system; 0 before it runs
+        self.told = False  # whether that was told
         self.was_killed = False
 
 
@@ -94,10 +98,10 @@ class AsyncBackend(Backend):
         self._waiting: dict[str, Task] = {}
         self._order: deque[str] = deque()
         self._events: deque[Event] = deque()
-        self._begun: dict[str, float] = {}  # what runs, and nobody was told of: id -> since when
         self._events_since = 0.0
         self._flush_due = False
-        self._running: dict[str, _Run] = {}
+        self._running: dict[str, _Run] = {}  # in the order of their starts
+        self._leased = False  # whether tasks have resources: all of them, or none
         self._lanes: set[asyncio.Task[None]] = set()
         self._dying: set[asyncio.Task[None]] = set()  # of jobs that were killed, and let go of what they use
         self._stopped = False
@@ -146,9 +150,9 @@ class AsyncBackend(Backend):
             raise BackendError(f"{type(self).__name__} cannot start: {type(exc).__name__}: {exc}") from exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        ids = [task.id for task in tasks]
-        self._waiting.update(zip(ids, tasks, strict=True))
-        self._order.extend(ids)
+        self._leased = bool(tasks[0].resources)
+        self._waiting.update(zip(map(_id, tasks), tasks, strict=True))
+        self._order.extend(map(_id, tasks))
         self._loop.call_soon_threadsafe(self._fill_lanes)
 
     def cancel(self, job_id: str, kill: bool) -> None:
@@ -160,7 +164,7 @@ class AsyncBackend(Backend):
             self._loop.call_soon_threadsafe(self._kill, job_id)
 
     def tell(self) -> None:
-        self._tell(list(self._begun.items()))
+        self._tell([run for run in list(self._running.values()) if not run.told])
 
     def stop(self, grace: float) -> None:
         deadline = time.monotonic() + grace
@@ -204,7 +208,7 @@ class AsyncBackend(Backend):
 
     def _pass_on(self, run: _Run) -> None:
         """The request to stop, to the engine, if the run has not ended."""
-        if self._running.get(run.job.id) is run:
+        if self._running.get(run.task.id) is run:
             try:
                 self.ask_to_stop(run.job)
             except Exception:  # noqa: BLE001 - the job is ended by force then
@@ -236,17 +240,16 @@ class AsyncBackend(Backend):
         brief = False
         while order:
             job_id = order.popleft()
-            task = waiting.get(job_id)
+            # Before its task is taken, so that a cancel finds it in one place or the other.
+            running[job_id] = run = _Run(self._say, me, self._worker)
+            task = waiting.pop(job_id, None)
             if task is None:
-                continue  # it was cancelled
-            run = _Run(self._say, task, me, self._worker)
-            run.job = job = RunningJob(own_copy(task.args), job_id, task.attempt, run, None, task.resources)
-            running[job_id] = run
-            # Only now, so that a cancel finds it in one place or the other.
-            if waiting.pop(job_id, None) is None:
                 del running[job_id]
-                continue
-            self._begun[job_id] = start = time.time()
+                continue  # it was cancelled
+            run.task = task
+            resources = task.resources if self._leased else None
+            run.job = job = RunningJob(own_copy(task.args), job_id, task.attempt, run, None, resources)
+            run.since = start = time.time()
             if not brief:  # it may keep the loop for a while, and its time counts from now
                 self._flush()
             elif not self._flush_due:
@@ -265,9 +268,8 @@ class AsyncBackend(Backend):
                 end = _failure(job_id, exc, (start, now, None, None), run.worker)
             if run.was_killed:
                 return  # it was told of
-            del running[job_id]
+            del running[job_id], run.job
             run.close()
-            self._begun.pop(job_id, None)  # its end tells that it ran
             self._note(end, now)
             brief = now - start < _BRIEF
 
@@ -313,11 +315,17 @@ class AsyncBackend(Backend):
 
     def _flush(self) -> None:
         self._flush_due = False
-        begun, self._begun = self._begun, {}
-        self._tell(begun.items())
+        begun: list[_Run] = []
+        for run in reversed(self._running.values()):
+            if run.told:
+                break  # so were all before it
+            run.told = True
+            begun.append(run)
+        self._tell(reversed(begun))
 
-    def _tell(self, begun: Iterable[tuple[str, float]]) -> None:
-        events: list[Event] = [Started(job_id, since, self._worker) for job_id, since in begun]
+    def _tell(self, begun: Iterable[_Run]) -> None:
+        # Those of a run that ended, and nobody was told of its start, are its end alone.
+        events: list[Event] = [Started(run.task.id, run.since, self._worker) for run in begun if run.since]
         events += take_all(self._events)
         if events:
             self._emit(events)

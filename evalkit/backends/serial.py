@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
 __all__ = ["SerialBackend"]
 
+_id = attrgetter("id")
 _HOLD = 0.002  # seconds after which a step comes back to see what is wanted
 _BRIEF = 0.0005  # seconds; where jobs take less, their ends are told together
 
@@ -106,6 +108,7 @@ class _Inline(Backend):
         self._events: deque[Event] = deque()  # to be told soon
         self._running: str | None = None  # the job that runs, if nobody was told
         self._brief = False  # whether the last job was, so that the start of the next need not be told beforehand
+        self._leased = False  # whether tasks have resources: all of them, or none
         self._meter = Meter()
 
     @property
@@ -123,9 +126,9 @@ class _Inline(Backend):
                 self._unfit = exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        ids = [task.id for task in tasks]
-        self._waiting.update(zip(ids, tasks, strict=True))
-        self._order.extend(ids)
+        self._leased = bool(tasks[0].resources)
+        self._waiting.update(zip(map(_id, tasks), tasks, strict=True))
+        self._order.extend(map(_id, tasks))
 
     def cancel(self, job_id: str, kill: bool) -> None:
         if self._waiting.pop(job_id, None) is not None:
@@ -194,7 +197,7 @@ class _Inline(Backend):
                     try:
                         interrupts.in_job = True
                         if unfit is None:
-                            resources = task.resources
+                            resources = task.resources if self._leased else None
                             job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, state, resources)
                             end = meter.run(self._call if resources else function, job, worker)
                         else:

@@ -94,6 +94,7 @@ class Scheduler:
         self._pump_again = False
         self._out: dict[str, Job] = {}
         self._pending: deque[Job] = deque()
+        self._withdrawn = False  # whether there may be some among these that were cancelled
         self._in_backend = 0  # how many of those that are out
         self._finished: dict[int, Job] = {}  # by number: a large dict of strings looks at all of them as it grows
         self._waiters: list[Waiter] = []
@@ -334,7 +335,9 @@ class Scheduler:
                     pending.clear()
                 else:
                     first = [pending.popleft() for _ in range(room - len(batch))]
-                batch += [job for job in first if job.state is _QUEUED]  # else it was cancelled
+                batch += [job for job in first if job.state is _QUEUED] if self._withdrawn else first
+            if not pending:
+                self._withdrawn = False
             for job in batch:
                 job.in_backend = True
             self._in_backend += len(batch)
@@ -354,15 +357,26 @@ class Scheduler:
     def emit(self, events: Sequence[Event]) -> None:
         """What happened, in order. Called by the backend, from any thread."""
         turn = _Turn(self.clock())
-        handlers, out = self._handlers, self._out
+        handlers, out, ended, now = self._handlers, self._out, turn.ended, turn.now
         with self._lock:
-            for event in events:
-                job = out.get(event.job_id)
-                if job is not None and job.in_backend:
-                    handlers[type(event)](turn, job, event)
-                elif type(event) is Released:
-                    self._on_released(turn, None, event)  # else it was given up
-            self._conclude(turn)
+            # What is asked of few jobs. The others end here: each call more is a fiftieth of what a short job costs.
+            special = self._dooms or self._timed or self._resources or self._notifier.active or self._retries.spent
+            try:
+                for event in events:
+                    job = out.get(event.job_id)
+                    if job is None or not job.in_backend:
+                        if type(event) is Released:
+                            self._on_released(turn, None, event)  # else it was given up
+                    elif special or type(event) is not Done:
+                        handlers[type(event)](turn, job, event)
+                    else:
+                        job.in_backend = False
+                        self._in_backend -= 1
+                        if job.finish(_DONE, event.output, None, None, event, now):
+                            turn.awaited.append(job)
+                        ended.append(job)
+            finally:
+                self._conclude(turn)
         self._tell(turn)
         if self._pending:
             self.pump()
@@ -370,6 +384,10 @@ class Scheduler:
     def _conclude(self, turn: _Turn) -> None:
         """With the lock: have what was touched recorded and told of, before anybody can gather it."""
         ended = turn.ended
+        out, finished = self._out, self._finished
+        for job in ended:
+            del out[job.id]
+            finished[job.number] = job
         if ended or turn.changed:
             self._recorder.note(turn.changed, ended, bool(self._pending) and not self._backend.runs_in_caller)
         if self._notifier.active:
@@ -382,8 +400,8 @@ class Scheduler:
 
     def _tell(self, turn: _Turn) -> None:
         """Without the lock: call those who wait for the end of one job."""
-        for job, callbacks in turn.callbacks:
-            for callback in callbacks:
+        for job in turn.awaited:
+            for callback in job.take_callbacks():
                 try:
                     callback(job)
                 except Exception:  # noqa: BLE001 - whose callback it is cannot be known
@@ -491,11 +509,8 @@ class Scheduler:
             return
         if self._notifier.active and run is not None and job.state is _QUEUED:
             turn.progressed.append(job)  # it was over so soon that nobody told of its start
-        callbacks = job.finish(state, output, error, cause, run, turn.now)
-        if callbacks:
-            turn.callbacks.append((job, callbacks))
-        del self._out[job.id]
-        self._finished[job.number] = job
+        if job.finish(state, output, error, cause, run, turn.now):
+            turn.awaited.append(job)
         if self._retries.spent:
             self._retries.forget(job.id)
         turn.ended.append(job)
@@ -548,6 +563,7 @@ class Scheduler:
                 self._dooms[job.id] = reason
                 turn.changed.append(job)
             else:
+                self._withdrawn = True
                 self._end(turn, job, _CANCELLED)
             self._conclude(turn)
         self._tell(turn)
@@ -562,11 +578,11 @@ class Scheduler:
 class _Turn:
     """What one round of events has changed."""
 
-    __slots__ = ("callbacks", "changed", "ended", "now", "progressed")
+    __slots__ = ("awaited", "changed", "ended", "now", "progressed")
 
     def __init__(self, now: float) -> None:
         self.now = now
         self.changed: list[Job] = []  # but not ended
         self.progressed: list[Job] = []
         self.ended: list[Job] = []
-        self.callbacks: list[tuple[Job, list[Callable[[Job], None]]]] = []
+        self.awaited: list[Job] = []  # of those that have ended

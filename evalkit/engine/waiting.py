@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from operator import attrgetter
+from bisect import bisect_right
 
 from evalkit.job import Job
 
@@ -116,8 +116,8 @@ class AllWaiter(Waiter):
         return self._missing <= 0
 
     def choose(self, finished: dict[int, Job]) -> list[Job]:
-        last = self._last
-        return sorted([job for job in finished.values() if job.number <= last], key=_by_number)
+        numbers = sorted(finished)
+        return [finished[number] for number in numbers[: bisect_right(numbers, self._last)]]
 
 
 class JobWaiter(Waiter):
@@ -129,6 +129,3 @@ class JobWaiter(Waiter):
 
     def satisfied(self, finished: int, out: int) -> bool:
         return self._job.is_complete
-
-
-_by_number = attrgetter("number")
