@@ -35,6 +35,7 @@ from evalkit.running import Channel, RunningJob, is_coroutine_function
 
 __all__ = ["ChunkRun", "Place", "Ticker", "WorkerThread"]
 
+_BRIEF = 2e-5  # seconds; a run that forks takes longer
 _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _MAX_HELD_BYTES = 2**20  # of outputs, before they are sent
 _QUIET_TICKS = 20  # without anything to do, before the ticker sleeps until it is called
@@ -73,7 +74,7 @@ class WorkerThread:
     ) -> None:
         self.worker = worker
         self._function = function
-        self._is_async = is_coroutine_function(function)
+        self._call = self._await if is_coroutine_function(function) else function
         self._runner: asyncio.Runner | None = None
         self._unfit = unfit
         self._meter = Meter()
@@ -96,7 +97,7 @@ class WorkerThread:
                 exc.add_note("The arguments of the job could not be rebuilt in the worker.")
                 return failed(job_id, exc, None, self.worker)
         job = RunningJob(args, job_id, attempt, channel, self._state, resources)
-        return self._meter.run(self._await if self._is_async else self._function, job, self.worker)
+        return self._meter.run(self._call, job, self.worker)
 
     def rest(self) -> None:
         """No job runs for now: a loop is not kept, since nobody may be there to close it later."""
@@ -157,7 +158,7 @@ class ChunkRun:
     def run(self) -> Outcome:
         """Run all of them."""
         begin = time.perf_counter()
-        sent = time.time()
+        sent = now = time.time()
         jobs = 0
         client, waiting, ended, place = self._client, self._waiting, self._ended, self._place
         while waiting:
@@ -169,7 +170,7 @@ class ChunkRun:
                 ended.append((Kind.SKIPPED, index))
                 continue
             jobs += 1
-            self._since = time.time()
+            self._since = now
             self._index, self._job_id = index, job_id
             if place.prompt:
                 self._tell_start(index)
@@ -178,17 +179,22 @@ class ChunkRun:
             else:
                 end = self._run_with(self._resources[index], job_id, attempt, args)
             self._job_id = None
-            if os.getpid() != place.pid:
+            measured = end.measured
+            now = (measured and measured[1]) or time.time()
+            if not 0.0 <= now - self._since < _BRIEF and os.getpid() != place.pid:
                 os._exit(0)  # the user's function forked, and this is the child
             if self._progress is not None:
                 ended.append((Kind.PROGRESS, *self._progress))
                 self._progress = None
-            ended.append(self._pack(index, end))
-            now = time.time()
+            if type(end) is Done and (place.same_memory or type(end.output) in PLAIN):
+                ended.append((Kind.DONE, index, end.output, measured))
+            else:
+                ended.append(self._pack(index, end))
+                now = time.time()
             if now - sent > place.hold or self._held_bytes > _MAX_HELD_BYTES:
                 if waiting:
                     self.flush()
-                sent = now
+                sent = now = time.time()
         self._thread.rest()
         with self._sending:
             self._closed = True
@@ -202,16 +208,13 @@ class ChunkRun:
     def _pack(self, index: int, end: Done | Failed) -> Saying:
         if isinstance(end, Failed):
             return (Kind.FAILED, index, end.error, end.measured)
-        output = end.output
-        if not self._place.same_memory and type(output) not in PLAIN:
-            try:
-                packed = Packed(self._packer.pack(output)[0])
-            except SerializationError as exc:
-                error = explain(output, "output", exc.__cause__ or exc)
-                return (Kind.FAILED, index, describe(error), end.measured)
-            self._held_bytes += len(packed)
-            output = packed
-        return (Kind.DONE, index, output, end.measured)
+        try:
+            packed = Packed(self._packer.pack(end.output)[0])
+        except SerializationError as exc:
+            error = explain(end.output, "output", exc.__cause__ or exc)
+            return (Kind.FAILED, index, describe(error), end.measured)
+        self._held_bytes += len(packed)
+        return (Kind.DONE, index, packed, end.measured)
 
     # -- the channel of the jobs ----------------------------------------------------------------------------------
 
