@@ -171,7 +171,8 @@ class _Inline(Backend):
     def _run_some(self, limit: int) -> bool:
         order, waiting, channels, events = self._order, self._waiting, self._channels, self._events
         function, state, unfit = self._function, self._state, self._unfit
-        meter, worker, say = self._meter, self._worker, self._say
+        meter, worker, say, brief, leased = self._meter, self._worker, self._say, self._brief, self._leased
+        call = self._call if leased else function
         now = time.time()
         until = now + _HOLD
         ran = 0
@@ -187,7 +188,7 @@ class _Inline(Backend):
                     del channels[job_id]
                     continue  # it was cancelled
                 ran += 1
-                if self._brief:
+                if brief:
                     self._running = job_id
                 else:  # it may take a while, as the last one did
                     events.append(Started(job_id, time.time(), self._worker))
@@ -197,9 +198,9 @@ class _Inline(Backend):
                     try:
                         interrupts.in_job = True
                         if unfit is None:
-                            resources = task.resources if self._leased else None
+                            resources = task.resources if leased else None
                             job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, state, resources)
-                            end = meter.run(self._call if resources else function, job, worker)
+                            end = meter.run(call, job, worker)
                         else:
                             end = failed(job_id, unfit, None, worker)
                         interrupts.in_job = False
@@ -216,7 +217,7 @@ class _Inline(Backend):
                 measured = end.measured
                 if measured is not None:
                     now = measured[1] or now
-                    self._brief = now - measured[0] < _BRIEF
+                    self._brief = brief = now - measured[0] < _BRIEF
                 if now > until or interrupts.seen:
                     break
             self._tell()
