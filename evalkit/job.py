@@ -460,7 +460,7 @@ class Job:
         cause: JobCause | None = None,
         run: Run | None = None,
         told: float | None = None,
-    ) -> bool:
+    ) -> list[Callable[[Job], None]]:
         """Go to a terminal state with what it leaves behind.
 
         Args:
@@ -468,7 +468,7 @@ class Job:
             told: when that was known, in seconds on the owner's clock.
 
         Returns:
-            whether callbacks wait for this: :meth:`take_callbacks`.
+            the callbacks that wait for this, to be called without the lock.
 
         Raises:
             IllegalTransitionError: that state cannot follow the present one; the job is as it was.
@@ -495,10 +495,9 @@ class Job:
         elif told is not None and self._measured is not None:
             self._measured = self._measured[0], self._epoch + told, None, None
         self._state = state
-        return self._callbacks is not None
+        return [] if self._callbacks is None else self._take_callbacks()
 
-    def take_callbacks(self) -> list[Callable[[Job], None]]:
-        """Those that wait for its end, each once; to be called without the lock."""
+    def _take_callbacks(self) -> list[Callable[[Job], None]]:
         with _registering:
             callbacks, self._callbacks = self._callbacks, None
         return callbacks or []
@@ -554,7 +553,7 @@ class Job:
             self._callbacks = [*(self._callbacks or ()), callback]
         # The end sets the state before it takes the callbacks, so one of the two sees the other.
         if self.is_complete:
-            for waiting in self.take_callbacks():
+            for waiting in self._take_callbacks():
                 waiting(self)
 
 

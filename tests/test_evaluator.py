@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from evalkit import Callback, Evaluator, Job, JobState, RetryPolicy, RunningJob, call_with_kwargs
-from evalkit.backends import Backend, Done, Progress, Recorded, Started
+from evalkit.backends import Backend, Cancelled, Done, Progress, Recorded, Started
 from evalkit.backends.thread import ThreadBackend
 from evalkit.engine import recorder
 from evalkit.engine.clock import Clock
@@ -1012,25 +1012,91 @@ def test_a_job_that_reports_runs_though_its_start_was_not_told_yet():
     assert (job.output, job.records) == (7, [{"step": 1}])
 
 
-class _SaysNonsense(_SaysItsStartLate):
-    """Tells of the end of a job, and then of something that no evaluator knows."""
+class _Told(Backend):
+    """Runs nothing, and tells what it is told to tell."""
 
     capacity = 2
 
+    def start(self, run_function, emit):
+        self.tell_of = emit
+        self.ids = []
+
     def dispatch(self, tasks):
-        first, second = tasks
-        with pytest.raises(KeyError):
-            self._emit([Done(first.id, 7), SimpleNamespace(job_id=second.id)])
+        self.ids += [task.id for task in tasks]
+
+    def cancel(self, job_id, kill):
+        pass
+
+    def stop(self, grace):
+        pass
 
 
 def test_an_end_that_was_told_before_nonsense_counts():
     storage = MemoryStorage()
-    with Evaluator(lambda job: None, backend := _SaysNonsense(1), storage=storage) as evaluator:
+    called: list[Job] = []
+    with Evaluator(lambda job: None, backend := _Told(1), storage=storage) as evaluator:
         first, second = evaluator.submit([{}, {}])
+        first.when_complete(called.append)
+        with pytest.raises(KeyError):
+            backend.tell_of([Done(first.id, 7), SimpleNamespace(job_id=second.id)])
+        assert called == [first]
         assert evaluator.gather("BATCH", 1) == [first]
         assert (first.output, storage.load_jobs(evaluator.search_id)[0].output) == (7, 7)
-        backend.finish(second.id)
+        backend.tell_of([Done(second.id, 8)])
         assert evaluator.gather("ALL") == [second]
+
+
+def test_the_end_of_a_cancelled_job_takes_nothing_from_those_told_with_it():
+    seen: list[tuple[str, str]] = []
+
+    class Seeing(Callback):
+        def on_progress(self, job: Job) -> None:
+            seen.append(("progress", job.id))
+
+        def on_done(self, job: Job) -> None:
+            seen.append(("done", job.id))
+
+    with Evaluator(lambda job: None, backend := _Told(2), callbacks=[Seeing()]) as evaluator:
+        first, second = evaluator.submit([{}, {}])
+        first.cancel()
+        backend.tell_of([Cancelled(first.id), Done(second.id, 7)])
+        assert evaluator.gather("ALL") == [first, second]
+    assert ("progress", second.id) in seen
+    assert [one for one in seen if one[0] == "done"] == [("done", first.id), ("done", second.id)]
+
+
+def test_a_cancelled_job_and_one_told_with_it_give_their_units_back():
+    with Evaluator(lambda job: None, backend := _Told(2), resources={"gpu": ["0", "1"]}) as evaluator:
+        first, second = evaluator.submit([{}, {}])
+        first.cancel()
+        backend.tell_of([Cancelled(first.id), Done(second.id, 7)])
+        evaluator.gather("ALL")
+        jobs = evaluator.submit([{}, {}])
+        assert backend.ids[2:] == [job.id for job in jobs]
+        backend.tell_of([Done(job.id, 8) for job in jobs])
+        assert evaluator.gather("ALL") == jobs
+
+
+def test_a_callback_is_not_called_by_the_thread_that_adds_another(caplog: pytest.LogCaptureFixture):
+    threads: list[int] = []
+
+    def fail(job: Job) -> None:
+        threads.append(threading.get_ident())
+        raise ValueError("a bug of its own")
+
+    with Evaluator(lambda job: None, backend := _Told(1)) as evaluator:
+        first, second = evaluator.submit([{}, {}])
+        first.when_complete(fail)
+
+        def events() -> Iterator[Any]:
+            yield Done(first.id, 7)
+            in_background(first.when_complete, lambda _: None).result(BOUND)
+            yield Done(second.id, 7)
+
+        backend.tell_of(events())
+        evaluator.gather("ALL")
+    assert threads == [threading.get_ident()]
+    assert "a callback of job" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["thread", "process"])

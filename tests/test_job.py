@@ -178,11 +178,9 @@ def test_callbacks_of_the_end_are_handed_out_once() -> None:
     job = job_in(JobState.RUNNING)
     seen: list[Job] = []
     job.when_complete(seen.append)
-    assert job.finish(JobState.DONE)
-    for callback in job.take_callbacks():
+    for callback in job.finish(JobState.DONE):
         callback(job)
     assert seen == [job]
-    assert job.take_callbacks() == []
 
 
 def test_who_asks_after_the_end_is_called_at_once() -> None:
@@ -206,8 +204,7 @@ def test_callbacks_that_race_with_the_end_are_called_exactly_once() -> None:
         thread = threading.Thread(target=register)
         thread.start()
         together.wait()
-        job.finish(JobState.DONE)
-        for callback in job.take_callbacks():
+        for callback in job.finish(JobState.DONE):
             callback(job)
         thread.join()
         assert len(seen) == 5

@@ -64,16 +64,18 @@ class RunLostError(Exception):
 class _Run(LocalChannel):
     """One run of a job, and its channel."""
 
-    __slots__ = ("job", "lane", "since", "task", "told", "was_killed", "worker")
+    __slots__ = ("id", "job", "lane", "since", "task", "told", "was_killed", "worker")
 
-    task: Task
-    job: RunningJob  # which holds this; gone with the run, so that neither waits for the garbage collector
-
-    def __init__(self, emit: Emit, lane: asyncio.Task[None], worker: WorkerIdentity) -> None:
+    def __init__(self, emit: Emit, job_id: str, lane: asyncio.Task[None], worker: WorkerIdentity) -> None:
         super().__init__(emit)
+        self.id = job_id
         self.lane = lane
         self.worker = worker
-        self.since = 0.0  # on the clock of the system; 0 before it runs
+        # Until it runs, it has none of these; and no job when it is over, which holds this: that would have the two
+        # wait for the garbage collector.
+        self.task: Task | None = None
+        self.job: RunningJob | None = None
+        self.since = 0.0  # on the clock of the system
         self.told = False  # whether that was told
         self.was_killed = False
 
@@ -101,7 +103,7 @@ class AsyncBackend(Backend):
         self._events_since = 0.0
         self._flush_due = False
         self._running: dict[str, _Run] = {}  # in the order of their starts
-        self._leased = False  # whether tasks have resources: all of them, or none
+        self._leased = False  # whether tasks have resources, all of them or none: asking each takes time
         self._lanes: set[asyncio.Task[None]] = set()
         self._dying: set[asyncio.Task[None]] = set()  # of jobs that were killed, and let go of what they use
         self._stopped = False
@@ -150,7 +152,7 @@ class AsyncBackend(Backend):
             raise BackendError(f"{type(self).__name__} cannot start: {type(exc).__name__}: {exc}") from exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        self._leased = bool(tasks[0].resources)
+        self._leased = bool(tasks and tasks[0].resources)
         self._waiting.update(zip(map(_id, tasks), tasks, strict=True))
         self._order.extend(map(_id, tasks))
         self._loop.call_soon_threadsafe(self._fill_lanes)
@@ -208,11 +210,11 @@ class AsyncBackend(Backend):
 
     def _pass_on(self, run: _Run) -> None:
         """The request to stop, to the engine, if the run has not ended."""
-        if self._running.get(run.task.id) is run:
+        if run.job is not None and self._running.get(run.id) is run:
             try:
                 self.ask_to_stop(run.job)
             except Exception:  # noqa: BLE001 - the job is ended by force then
-                _log.exception("job %s could not be asked to stop", run.job.id)
+                _log.exception("job %s could not be asked to stop", run.id)
 
     async def _settle(self, deadline: float) -> None:
         """Wait for what runs until the deadline, then cancel it."""
@@ -241,7 +243,7 @@ class AsyncBackend(Backend):
         while order:
             job_id = order.popleft()
             # Before its task is taken, so that a cancel finds it in one place or the other.
-            running[job_id] = run = _Run(self._say, me, self._worker)
+            running[job_id] = run = _Run(self._say, job_id, me, self._worker)
             task = waiting.pop(job_id, None)
             if task is None:
                 del running[job_id]
@@ -268,13 +270,15 @@ class AsyncBackend(Backend):
                 end = _failure(job_id, exc, (start, now, None, None), run.worker)
             if run.was_killed:
                 return  # it was told of
-            del running[job_id], run.job
+            del running[job_id]
+            run.job = None
             run.close()
             self._note(end, now)
             brief = now - start < _BRIEF
 
     def _kill(self, job_id: str) -> None:
         """End a run now, whatever its coroutine makes of being cancelled; another lane takes the place of its own."""
+        self._flush()  # that it runs, if nobody was told yet
         run = self._running.pop(job_id, None)
         if run is not None:
             run.was_killed = True
@@ -286,7 +290,7 @@ class AsyncBackend(Backend):
             error = ErrorInfo("Cancelled", "its coroutine was cancelled")
             self._note(Failed(job_id, JobCause.LOST, error, abandoned=True))
             task = run.task
-            if task.resources:
+            if task is not None and task.resources:
                 run.lane.add_done_callback(lambda _: self._note(Released(job_id, task.attempt)))
             self._fill_lanes()
 
@@ -324,8 +328,8 @@ class AsyncBackend(Backend):
         self._tell(reversed(begun))
 
     def _tell(self, begun: Iterable[_Run]) -> None:
-        # Those of a run that ended, and nobody was told of its start, are its end alone.
-        events: list[Event] = [Started(run.task.id, run.since, self._worker) for run in begun if run.since]
+        # What was taken a moment ago, by the loop while another thread asks, does not run yet.
+        events: list[Event] = [Started(run.id, run.since, self._worker) for run in begun if run.since]
         events += take_all(self._events)
         if events:
             self._emit(events)

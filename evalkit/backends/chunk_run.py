@@ -35,7 +35,7 @@ from evalkit.running import Channel, RunningJob, is_coroutine_function
 
 __all__ = ["ChunkRun", "Place", "Ticker", "WorkerThread"]
 
-_BRIEF = 2e-5  # seconds; a run that forks takes longer
+_FORK_TAKES = 2e-5  # seconds, at least
 _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _MAX_HELD_BYTES = 2**20  # of outputs, before they are sent
 _QUIET_TICKS = 20  # without anything to do, before the ticker sleeps until it is called
@@ -159,7 +159,7 @@ class ChunkRun:
         """Run all of them."""
         begin = time.perf_counter()
         sent = now = time.time()
-        jobs = 0
+        jobs = 0  # that ran; each begins at what is ``now`` when the one before is over
         client, waiting, ended, place = self._client, self._waiting, self._ended, self._place
         while waiting:
             try:
@@ -181,7 +181,7 @@ class ChunkRun:
             self._job_id = None
             measured = end.measured
             now = (measured and measured[1]) or time.time()
-            if not 0.0 <= now - self._since < _BRIEF and os.getpid() != place.pid:
+            if not 0.0 <= now - self._since < _FORK_TAKES and os.getpid() != place.pid:
                 os._exit(0)  # the user's function forked, and this is the child
             if self._progress is not None:
                 ended.append((Kind.PROGRESS, *self._progress))

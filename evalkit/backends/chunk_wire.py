@@ -136,7 +136,7 @@ def unpack_outcome(data: bytes) -> Outcome:
 def _in_columns(sayings: Sequence[Saying] | Ends) -> Sequence[Saying] | Ends:
     if isinstance(sayings, Ends) or len(sayings) < _FEW:
         return sayings
-    kinds, indices, *rest = zip(*sayings, strict=False)
+    kinds, indices, *rest = zip(*sayings, strict=False)  # they are of one length if they are of one kind
     if kinds.count(Kind.DONE) < len(kinds):
         return sayings
     outputs, measured = rest

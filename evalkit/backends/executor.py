@@ -2,7 +2,7 @@
 
 ::
 
-    dispatch ──▶ waiting ──chunks──▶ calls, one for each worker ──▶ executor ══▶ worker (chunk.py)
+    dispatch ──▶ waiting ──chunks──▶ calls, one a worker ──▶ executor ══▶ worker (chunk_run.py)
                     ▲                   │        ▲                                  │
                     ├─ given back ◀─────┤        └── result of the call ◀───────────┤
                     └─ suspects, alone ◀┘            messages ◀── side channel ◀────┘

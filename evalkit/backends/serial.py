@@ -108,7 +108,7 @@ class _Inline(Backend):
         self._events: deque[Event] = deque()  # to be told soon
         self._running: str | None = None  # the job that runs, if nobody was told
         self._brief = False  # whether the last job was, so that the start of the next need not be told beforehand
-        self._leased = False  # whether tasks have resources: all of them, or none
+        self._leased = False  # whether tasks have resources, all of them or none: asking each takes time
         self._meter = Meter()
 
     @property
@@ -126,7 +126,7 @@ class _Inline(Backend):
                 self._unfit = exc
 
     def dispatch(self, tasks: Sequence[Task]) -> None:
-        self._leased = bool(tasks[0].resources)
+        self._leased = bool(tasks and tasks[0].resources)
         self._waiting.update(zip(map(_id, tasks), tasks, strict=True))
         self._order.extend(map(_id, tasks))
 

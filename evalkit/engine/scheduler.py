@@ -357,32 +357,42 @@ class Scheduler:
     def emit(self, events: Sequence[Event]) -> None:
         """What happened, in order. Called by the backend, from any thread."""
         turn = _Turn(self.clock())
+        try:
+            with self._lock:
+                try:
+                    self._handle(turn, events)
+                finally:
+                    self._conclude(turn)
+        finally:
+            self._tell(turn)
+            if self._pending:
+                self.pump()
+
+    def _handle(self, turn: _Turn, events: Sequence[Event]) -> None:
+        """With the lock: what each of these events means for its job."""
         handlers, out, ended, now = self._handlers, self._out, turn.ended, turn.now
-        with self._lock:
-            # What is asked of few jobs. The others end here: each call more is a fiftieth of what a short job costs.
-            special = self._dooms or self._timed or self._resources or self._notifier.active or self._retries.spent
-            try:
-                for event in events:
-                    job = out.get(event.job_id)
-                    if job is None or not job.in_backend:
-                        if type(event) is Released:
-                            self._on_released(turn, None, event)  # else it was given up
-                    elif special or type(event) is not Done:
-                        handlers[type(event)](turn, job, event)
-                    else:
-                        job.in_backend = False
-                        self._in_backend -= 1
-                        if job.finish(_DONE, event.output, None, None, event, now):
-                            turn.awaited.append(job)
-                        ended.append(job)
-            finally:
-                self._conclude(turn)
-        self._tell(turn)
-        if self._pending:
-            self.pump()
+        # Where all this is so at the beginning, a run that returned ends its job here, as _on_done() would: the calls
+        # by which it does take a tenth of the time of a short job.
+        plain = not (self._dooms or self._timed or self._resources or self._notifier.active or self._retries.spent)
+        for event in events:
+            job = out.get(event.job_id)
+            if job is None or not job.in_backend:
+                if type(event) is Released:
+                    self._on_released(turn, None, event)  # else it was given up
+            elif plain and type(event) is Done:
+                job.in_backend = False
+                self._in_backend -= 1
+                callbacks = job.finish(_DONE, event.output, None, None, event, now)
+                if callbacks:
+                    turn.callbacks.append((job, callbacks))
+                ended.append(job)
+            else:
+                handlers[type(event)](turn, job, event)
 
     def _conclude(self, turn: _Turn) -> None:
-        """With the lock: have what was touched recorded and told of, before anybody can gather it."""
+        """With the lock: what has ended is out no longer; have it, and what was touched, recorded and told of, before
+        anybody can gather it.
+        """
         ended = turn.ended
         out, finished = self._out, self._finished
         for job in ended:
@@ -400,8 +410,8 @@ class Scheduler:
 
     def _tell(self, turn: _Turn) -> None:
         """Without the lock: call those who wait for the end of one job."""
-        for job in turn.awaited:
-            for callback in job.take_callbacks():
+        for job, callbacks in turn.callbacks:
+            for callback in callbacks:
                 try:
                     callback(job)
                 except Exception:  # noqa: BLE001 - whose callback it is cannot be known
@@ -509,8 +519,9 @@ class Scheduler:
             return
         if self._notifier.active and run is not None and job.state is _QUEUED:
             turn.progressed.append(job)  # it was over so soon that nobody told of its start
-        if job.finish(state, output, error, cause, run, turn.now):
-            turn.awaited.append(job)
+        callbacks = job.finish(state, output, error, cause, run, turn.now)
+        if callbacks:
+            turn.callbacks.append((job, callbacks))
         if self._retries.spent:
             self._retries.forget(job.id)
         turn.ended.append(job)
@@ -578,11 +589,11 @@ class Scheduler:
 class _Turn:
     """What one round of events has changed."""
 
-    __slots__ = ("awaited", "changed", "ended", "now", "progressed")
+    __slots__ = ("callbacks", "changed", "ended", "now", "progressed")
 
     def __init__(self, now: float) -> None:
         self.now = now
         self.changed: list[Job] = []  # but not ended
         self.progressed: list[Job] = []
         self.ended: list[Job] = []
-        self.awaited: list[Job] = []  # of those that have ended
+        self.callbacks: list[tuple[Job, list[Callable[[Job], None]]]] = []
