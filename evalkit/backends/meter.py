@@ -52,19 +52,17 @@ class Meter:
         try:
             output = function(job)
         except BaseException as exc:  # noqa: BLE001 - a failed job is a result
-            return failed(job.id, exc, self._measured(start, time.time(), lag), worker)
+            return failed(job.id, exc, self._measured(start, lag), worker)
+        return Done(job.id, output, self._measured(start, lag), worker)
+
+    def _measured(self, start: float, lag: float) -> Measured:
         self._end = end = time.time()
         duration = end - start
-        if 0.0 <= duration < _BRIEF and end < self._due:
-            return Done(job.id, output, (start, end, duration, self._peak.bytes), worker)
-        return Done(job.id, output, self._measured(start, end, lag), worker)
-
-    def _measured(self, start: float, end: float, lag: float) -> Measured:
-        self._end = end
-        self._ask(end)
-        duration = end - start
         if 0.0 <= duration < _BRIEF:
+            if end > self._due:
+                self._ask(end)
             return (start, end, duration, self._peak.bytes)
+        self._ask(end)
         cpu_time = max(0.0, duration - (self._lag - lag))
         return (start, end, cpu_time, self._peak.bytes if duration < _SHORT else self._peak.ask())
 
