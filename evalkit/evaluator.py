@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from evalkit.backends.base import Backend
+from evalkit.backends.importing import check_not_importing
 from evalkit.callbacks.base import Callback
 from evalkit.engine.arguments import (
     check_callbacks,
@@ -100,6 +101,8 @@ class Evaluator:
         retries: int | RetryPolicy = 0,
         grace: float = 2.0,
     ) -> None:
+        if not backend.capabilities.same_memory:
+            check_not_importing()
         check_run_function(run_function)
         check_seconds("job_timeout", job_timeout)
         check_seconds("grace", grace, zero=True)

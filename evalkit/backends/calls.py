@@ -10,6 +10,7 @@ from evalkit.backends.asynchronous import RunFailedError
 from evalkit.backends.base import RunFunction
 from evalkit.backends.events import Done, Failed, Progress, Recorded
 from evalkit.backends.execution import failed, identity, visible
+from evalkit.backends.importing import importing_function
 from evalkit.backends.meter import Meter
 from evalkit.backends.serialization import dumps, explain, loads
 from evalkit.errors import SerializationError
@@ -44,7 +45,9 @@ def run_call(call: bytes, channel: Channel | None = None) -> bytes:
     worker = identity("call")
     collector = _Collector()
     try:
-        function, args = loads(function_data), loads(args_data)
+        with importing_function():
+            function = loads(function_data)
+        args = loads(args_data)
         job = RunningJob(args, job_id, attempt, collector if channel is None else channel, None, resources)
     except BaseException as exc:  # noqa: BLE001 - the function or the arguments cannot be rebuilt here
         end: Done | Failed = failed(job_id, exc, None, worker)

@@ -15,6 +15,7 @@ from evalkit.backends.base import RunFunction
 from evalkit.backends.chunk_run import ChunkRun, Place, Ticker, WorkerThread
 from evalkit.backends.chunk_wire import pack
 from evalkit.backends.execution import identity
+from evalkit.backends.importing import importing_function
 from evalkit.backends.serialization import loads
 from evalkit.backends.side_channel import SideChannelClient
 from evalkit.running import RunningJob
@@ -121,9 +122,10 @@ class _Resident:
         self._function: RunFunction = _not_rebuilt
         self._worker_init: Callable[[], Any] | None = None
         try:
-            self._function = loads(setup.function) if isinstance(setup.function, bytes) else setup.function
-            init = setup.worker_init
-            self._worker_init = loads(init) if isinstance(init, bytes) else init
+            with importing_function():
+                self._function = loads(setup.function) if isinstance(setup.function, bytes) else setup.function
+                init = setup.worker_init
+                self._worker_init = loads(init) if isinstance(init, bytes) else init
         except BaseException as exc:  # noqa: BLE001 - it cannot be rebuilt here, and each job says so
             exc.add_note("The run function could not be rebuilt in the worker.")
             self._unfit = exc

@@ -16,6 +16,7 @@ from typing import Any
 
 import cloudpickle
 
+from evalkit.backends.importing import importing_function
 from evalkit.errors import TargetError
 from evalkit.plugins import close_match
 
@@ -42,7 +43,8 @@ def load_target(spec: str) -> Callable[..., Any]:
         whole = spec.removesuffix(":")
         raise TargetError(f"{spec!r} names no function: {_SYNTAX}" + (f", such as {whole}:run" if whole else ""))
     is_file = place.endswith(".py") or os.sep in place
-    module = _import_file(place) if is_file else _import_module(place)
+    with importing_function():
+        module = _import_file(place) if is_file else _import_module(place)
     found: Any = module
     walked = place
     for name in path.split("."):

@@ -23,6 +23,7 @@ from typing import Any
 from evalkit.backends.base import RunFunction
 from evalkit.backends.events import Done, Failed
 from evalkit.backends.execution import describe, environment
+from evalkit.backends.importing import importing_function
 from evalkit.backends.meter import Meter
 from evalkit.backends.process.capture import Capture, flush_all
 from evalkit.backends.process.outbox import SMALL, TOGETHER, Outbox
@@ -291,8 +292,9 @@ class _Worker:
         sys.path[:] = setup["sys_path"]
         sys.argv[:] = setup["sys_argv"]
         try:
-            self._function: RunFunction = pickle.loads(setup["function"])
-            worker_init = pickle.loads(setup["worker_init"])
+            with importing_function():
+                self._function: RunFunction = pickle.loads(setup["function"])
+                worker_init = pickle.loads(setup["worker_init"])
             self._is_async = is_coroutine_function(self._function)
             if worker_init is not None:
                 self._state = worker_init()
