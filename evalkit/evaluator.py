@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import repeat
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -253,7 +252,9 @@ class Evaluator:
         ids = self._storage.create_jobs(self._search_id, copies, owner=self._owner)
         scheduler = self._scheduler
         # The ids come first, so that no number is drawn in vain.
-        jobs = list(map(Job, ids, copies, self._numbers, repeat(scheduler.clock()), repeat(scheduler)))
+        now = scheduler.clock()
+        rows = zip(ids, copies, self._numbers, strict=False)
+        jobs = [Job(job_id, args, number, now, scheduler) for job_id, args, number in rows]
         try:
             scheduler.admit(jobs, begun=begun)
         except SearchStoppedError as exc:

@@ -15,7 +15,7 @@ from evalkit.errors import (
     JobNotCompleteError,
 )
 from evalkit.joblog import JobLog
-from evalkit.metadata import JobMetadata, Measured, WorkerIdentity
+from evalkit.metadata import JobMetadata, Measured, MeasuredRuns, WorkerIdentity
 from evalkit.objectives import is_failed_objective, objective_of
 from evalkit.states import (
     LEGAL_TRANSITIONS,
@@ -73,10 +73,10 @@ class JobOwner(Protocol):
 
 
 class Run(Protocol):
-    """How a run ended, as far as its job keeps it."""
+    """How a run ended, as far as its job keeps it; or how many did, by rows."""
 
     @property
-    def measured(self) -> Measured | None: ...
+    def measured(self) -> Measured | MeasuredRuns | None: ...
 
     @property
     def worker(self) -> WorkerIdentity | None: ...
@@ -138,6 +138,7 @@ class Job:
         "_measured",
         "_owner",
         "_ran_by",
+        "_row",
         "_said",
         "_state",
         "_told",
@@ -162,7 +163,7 @@ class Job:
         self._state = _QUEUED
         self._owner = owner
         # Of its last run, as it was told: a JobMetadata is made of it for who asks.
-        self._measured: Measured | None = None
+        self._measured: Measured | MeasuredRuns | None = None
         self._ran_by: WorkerIdentity | None = None
         self._told: float | None = None
         self._known: JobMetadata | None = None
@@ -279,7 +280,7 @@ class Job:
         if self._known is not None:
             return self._known
         epoch = self._epoch
-        start, end, cpu_time, peak_rss = self._measured or (None, None, None, None)
+        start, end, cpu_time, peak_rss = self._last_run() or (None, None, None, None)
         known = JobMetadata(
             self._created,
             None if start is None else start - epoch,
@@ -298,6 +299,10 @@ class Job:
         if complete:
             self._known = known
         return known
+
+    def _last_run(self) -> Measured | None:
+        measured = self._measured
+        return measured.of(self._row) if isinstance(measured, MeasuredRuns) else measured
 
     def _add_said(self, known: JobMetadata) -> None:
         said = self._said
@@ -433,7 +438,9 @@ class Job:
         """
         self.move(_QUEUED)
         said, epoch = self._say(), self._epoch
-        measured = run.measured if run is not None and run.measured is not None else self._measured
+        if run is not None and run.measured is not None:
+            self._measured = run.measured
+        measured = self._last_run()
         ran_by = run.worker if run is not None and run.worker is not None else self._ran_by
         start = None if measured is None else measured[0] - epoch
         end = told if measured is None or measured[1] is None else measured[1] - epoch
@@ -460,12 +467,14 @@ class Job:
         cause: JobCause | None = None,
         run: Run | None = None,
         told: float | None = None,
+        row: int = 0,
     ) -> list[Callable[[Job], None]]:
         """Go to a terminal state with what it leaves behind.
 
         Args:
             run: that ended it; None if it ended without one.
             told: when that was known, in seconds on the owner's clock.
+            row: its own, where ``run`` is many.
 
         Returns:
             the callbacks that wait for this, to be called without the lock.
@@ -491,9 +500,9 @@ class Job:
         if worker is not None:
             self._ran_by = worker
         if measured is not None:
-            self._measured = measured
-        elif told is not None and self._measured is not None:
-            self._measured = self._measured[0], self._epoch + told, None, None
+            self._row, self._measured = row, measured
+        elif told is not None and (begun := self._last_run()) is not None:
+            self._measured = begun[0], self._epoch + told, None, None
         self._state = state
         return [] if self._callbacks is None else self._take_callbacks()
 

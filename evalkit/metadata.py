@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["JobMetadata", "Measured", "WorkerIdentity"]
+__all__ = ["JobMetadata", "Measured", "MeasuredRuns", "WorkerIdentity"]
 
 #: What was measured of a run: start and end (seconds since the Unix epoch), CPU time (seconds), peak memory (bytes).
 Measured = tuple[float, float | None, float | None, int | None]
+
+
+class MeasuredRuns(NamedTuple):
+    """What was measured of many runs, by columns: a tuple and its numbers for each would take several times the memory,
+    and the time of a short job to make.
+    """
+
+    starts: Sequence[float]
+    ends: Sequence[float]
+    cpu_times: Sequence[float]
+    peaks: Sequence[int]
+
+    def of(self, row: int) -> Measured:
+        """What was measured of one of them."""
+        return self.starts[row], self.ends[row], self.cpu_times[row], self.peaks[row]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,13 @@ from typing import Any
 
 from evalkit.backends.base import RunFunction
 from evalkit.backends.chunk_wire import PLAIN, Entries, Kind, Message, Outcome, Packed, Saying, pack
-from evalkit.backends.events import Done, Failed, WorkerIdentity
-from evalkit.backends.execution import describe, failed, take_all, visible
-from evalkit.backends.meter import Meter
+from evalkit.backends.events import Measured, WorkerIdentity
+from evalkit.backends.execution import describe, take_all, visible
+from evalkit.backends.meter import Meter, Ran
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.backends.side_channel import SideChannelClient
 from evalkit.errors import SerializationError
+from evalkit.job import ErrorInfo
 from evalkit.running import Channel, RunningJob, is_coroutine_function
 
 __all__ = ["ChunkRun", "Place", "Ticker", "WorkerThread"]
@@ -39,6 +40,9 @@ _FORK_TAKES = 2e-5  # seconds, at least
 _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _MAX_HELD_BYTES = 2**20  # of outputs, before they are sent
 _QUIET_TICKS = 20  # without anything to do, before the ticker sleeps until it is called
+
+#: As ``Ran``, of a job whose function could not be called.
+_Unfit = tuple[None, ErrorInfo, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +91,16 @@ class WorkerThread:
 
     def run(
         self, channel: Channel, job_id: str, attempt: int, args: Any, resources: dict[str, str] | None = None
-    ) -> Done | Failed:
+    ) -> Ran | _Unfit:
         if self._unfit is not None:
-            return failed(job_id, self._unfit, None, self.worker)
+            return None, describe(self._unfit), None
         if type(args) is Packed:
             try:
                 args = loads(args)
             except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything
                 exc.add_note("The arguments of the job could not be rebuilt in the worker.")
-                return failed(job_id, exc, None, self.worker)
-        job = RunningJob(args, job_id, attempt, channel, self._state, resources)
-        return self._meter.run(self._call, job, self.worker)
+                return None, describe(exc), None
+        return self._meter.run(self._call, RunningJob(args, job_id, attempt, channel, self._state, resources))
 
     def rest(self) -> None:
         """No job runs for now: a loop is not kept, since nobody may be there to close it later."""
@@ -175,21 +178,20 @@ class ChunkRun:
             if place.prompt:
                 self._tell_start(index)
             if self._resources is None:
-                end = self._thread.run(self, job_id, attempt, args)
+                output, error, measured = self._thread.run(self, job_id, attempt, args)
             else:
-                end = self._run_with(self._resources[index], job_id, attempt, args)
+                output, error, measured = self._run_with(self._resources[index], job_id, attempt, args)
             self._job_id = None
-            measured = end.measured
             now = (measured and measured[1]) or time.time()
             if not 0.0 <= now - self._since < _FORK_TAKES and os.getpid() != place.pid:
                 os._exit(0)  # the user's function forked, and this is the child
             if self._progress is not None:
                 ended.append((Kind.PROGRESS, *self._progress))
                 self._progress = None
-            if type(end) is Done and (place.same_memory or type(end.output) in PLAIN):
-                ended.append((Kind.DONE, index, end.output, measured))
+            if error is None and (place.same_memory or type(output) in PLAIN):
+                ended.append((Kind.DONE, index, output, measured))
             else:
-                ended.append(self._pack(index, end))
+                ended.append(self._pack(index, output, error, measured))
                 now = time.time()
             if now - sent > place.hold or self._held_bytes > _MAX_HELD_BYTES:
                 if waiting:
@@ -200,21 +202,20 @@ class ChunkRun:
             self._closed = True
             return Outcome(self._messages, jobs, time.perf_counter() - begin, tuple(ended), self._thread.worker)
 
-    def _run_with(self, resources: dict[str, str], job_id: str, attempt: int, args: Any) -> Done | Failed:
+    def _run_with(self, resources: dict[str, str], job_id: str, attempt: int, args: Any) -> Ran | _Unfit:
         # The environment of a process that we share belongs to all.
         with contextlib.nullcontext() if self._place.same_memory else visible(resources):
             return self._thread.run(self, job_id, attempt, args, resources)
 
-    def _pack(self, index: int, end: Done | Failed) -> Saying:
-        if isinstance(end, Failed):
-            return (Kind.FAILED, index, end.error, end.measured)
+    def _pack(self, index: int, output: Any, error: ErrorInfo | None, measured: Measured | None) -> Saying:
+        if error is not None:
+            return (Kind.FAILED, index, error, measured)
         try:
-            packed = Packed(self._packer.pack(end.output)[0])
+            packed = Packed(self._packer.pack(output)[0])
         except SerializationError as exc:
-            error = explain(end.output, "output", exc.__cause__ or exc)
-            return (Kind.FAILED, index, describe(error), end.measured)
+            return (Kind.FAILED, index, describe(explain(output, "output", exc.__cause__ or exc)), measured)
         self._held_bytes += len(packed)
-        return (Kind.DONE, index, packed, end.measured)
+        return (Kind.DONE, index, packed, measured)
 
     # -- the channel of the jobs ----------------------------------------------------------------------------------
 

@@ -11,16 +11,17 @@ import pickle
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from evalkit.backends.base import Task
+from evalkit.backends.done_batch import DoneBatch
 from evalkit.backends.events import Done, Event, Failed, Progress, Recorded, Started, WorkerIdentity
 from evalkit.backends.execution import failed, recorded
 from evalkit.backends.serialization import Packer, loads
 from evalkit.errors import SerializationError
 from evalkit.job import JobCause
+from evalkit.metadata import MeasuredRuns
 from evalkit.running import are_plain, own_copy
 
 __all__ = [
@@ -72,14 +73,11 @@ class Packed(bytes):
 
 
 class Ends(NamedTuple):
-    """The ends of runs that gave plain outputs, by columns, in place of as many sayings; with what was measured."""
+    """The ends of runs that gave plain outputs, by columns, in place of as many sayings."""
 
     indices: Sequence[int]
     outputs: Sequence[Any]
-    starts: Sequence[float]
-    ends: Sequence[float]
-    cpu_times: Sequence[float]
-    peaks: Sequence[int]
+    measured: MeasuredRuns
 
 
 class Message(NamedTuple):
@@ -143,7 +141,8 @@ def _in_columns(sayings: Sequence[Saying] | Ends) -> Sequence[Saying] | Ends:
     if not PLAIN.issuperset(map(type, outputs)):
         return sayings
     starts, ends, cpu_times, peaks = zip(*measured, strict=True)
-    return Ends(indices, outputs, array("d", starts), array("d", ends), array("d", cpu_times), array("q", peaks))
+    runs = MeasuredRuns(array("d", starts), array("d", ends), array("d", cpu_times), array("q", peaks))
+    return Ends(indices, outputs, runs)
 
 
 _packer = Packer("args", in_band=True)  # in band, so it keeps nothing and threads may share it
@@ -159,7 +158,7 @@ def pack_tasks(
         what goes into the chunk; the jobs whose arguments do not pickle, with why; those that are too many for it.
     """
     if not same_memory and are_plain(args_of := list(map(_args, tasks)), PLAIN):
-        return (list(range(len(tasks))), list(map(_id, tasks)), list(map(_attempt, tasks)), args_of), [], ()
+        return (range(len(tasks)), list(map(_id, tasks)), list(map(_attempt, tasks)), args_of), [], ()
     rows: list[tuple[int, str, int, Any]] = []
     bad: list[tuple[Task, SerializationError]] = []
     size = 0
@@ -185,11 +184,16 @@ def _entries(rows: list[tuple[int, str, int, Any]]) -> Entries:
     return indices, ids, attempts, args
 
 
-def read_ends(tasks: dict[int, Task], ends: Ends, worker: WorkerIdentity) -> list[Event]:
+def read_ends(tasks: dict[int, Task], ends: Ends, worker: WorkerIdentity) -> Sequence[Event]:
     """Take the jobs that have ended out of ``tasks``, by their indices, and say so; those not there were abandoned."""
-    all_measured = zip(ends.starts, ends.ends, ends.cpu_times, ends.peaks, strict=True)
-    rows = zip(map(tasks.pop, ends.indices, repeat(None)), ends.outputs, all_measured, strict=True)
-    return [Done(task.id, output, measured, worker) for task, output, measured in rows if task is not None]
+    indices, outputs, measured = ends
+    if all(map(tasks.__contains__, indices)):
+        return DoneBatch(list(map(tasks.pop, indices)), outputs, measured, worker)
+    return [
+        Done(tasks.pop(index).id, outputs[row], measured.of(row), worker)
+        for row, index in enumerate(indices)
+        if index in tasks
+    ]
 
 
 def read_saying(job_id: str, saying: Saying, worker: WorkerIdentity) -> Event:

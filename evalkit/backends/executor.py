@@ -334,7 +334,7 @@ class ExecutorBackend(Backend):
         if not indices:
             self._trial = False
             return None
-        call.tasks = {index: tasks[index] for index in indices}
+        call.tasks = dict(zip(indices, map(tasks.__getitem__, indices), strict=True))
         # Either all tasks have resources or none has.
         resources = {position: tasks[position].resources for position in call.tasks} if tasks[0].resources else None
         chunk = (call.number, entries, resources)
@@ -407,7 +407,7 @@ class ExecutorBackend(Backend):
             self._conclude(call, outcome)
         self._send()
 
-    def _read(self, call: Call, said: Message | Outcome) -> list[Event]:
+    def _read(self, call: Call, said: Message | Outcome) -> Sequence[Event]:
         """With the lock: what a worker says as events; what it gave back is put first in line."""
         tasks, worker = call.tasks, said.worker
         if isinstance(said.sayings, Ends):
@@ -478,9 +478,9 @@ class ExecutorBackend(Backend):
             if self._calls.pop(call.number, None) is None:
                 return
             events = self._read(call, outcome)
-            if not self._stopping:
+            if call.tasks and not self._stopping:
                 reason = "what its worker said of its end was lost on the way"
-                events += [Lost(task.id, reason) for task in call.tasks.values()]
+                events = [*events, *(Lost(task.id, reason) for task in call.tasks.values())]
         if events:
             self._emit(events)
         self._forget(call)

@@ -6,13 +6,18 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from evalkit.backends.base import RunFunction
 from evalkit.backends.events import Done, Failed, Measured, WorkerIdentity
-from evalkit.backends.execution import failed
+from evalkit.backends.execution import describe
+from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob
 
-__all__ = ["Meter"]
+__all__ = ["Meter", "Ran", "ended"]
+
+#: What a run returned; what it raised, or None; and what it took.
+Ran = tuple[Any, ErrorInfo | None, Measured]
 
 _SHORT = 0.001  # seconds; the peak memory is not asked for after runs that take less, the CPU time not more often
 _BRIEF = 50e-6  # seconds, of a run or between two runs, which count as CPU time until the system is asked again
@@ -43,8 +48,8 @@ class Meter:
         """The next run may be in another thread."""
         self._end = 0.0
 
-    def run(self, function: RunFunction, job: RunningJob, worker: WorkerIdentity | None) -> Done | Failed:
-        """Call the run function in this thread. Whatever it raises is an event, SystemExit included."""
+    def run(self, function: RunFunction, job: RunningJob) -> Ran:
+        """Call the run function in this thread. Whatever it raises is an error, SystemExit included."""
         start = time.time()
         if not 0.0 <= start - self._end < _BRIEF:
             self._ask(start)
@@ -52,8 +57,9 @@ class Meter:
         try:
             output = function(job)
         except BaseException as exc:  # noqa: BLE001 - a failed job is a result
-            return failed(job.id, exc, self._measured(start, lag), worker)
-        return Done(job.id, output, self._measured(start, lag), worker)
+            measured = self._measured(start, lag)
+            return None, describe(exc), measured
+        return output, None, self._measured(start, lag)
 
     def _measured(self, start: float, lag: float) -> Measured:
         self._end = end = time.time()
@@ -69,6 +75,14 @@ class Meter:
     def _ask(self, now: float) -> None:
         self._lag = now - self._clock()
         self._due = now + _SHORT
+
+
+def ended(job_id: str, ran: Ran, worker: WorkerIdentity | None) -> Done | Failed:
+    """The event of a run."""
+    output, error, measured = ran
+    if error is None:
+        return Done(job_id, output, measured, worker)
+    return Failed(job_id, JobCause.EXCEPTION, error, measured, worker)
 
 
 class _PeakMemory:

@@ -18,9 +18,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 from evalkit.backends.base import Backend, Task
+from evalkit.backends.done_batch import DoneBatch
 from evalkit.backends.events import (
     Cancelled,
     Done,
@@ -374,6 +375,9 @@ class Scheduler:
         # Where all this is so at the beginning, a run that returned ends its job here, as _on_done() would: the calls
         # by which it does take a tenth of the time of a short job.
         plain = not (self._dooms or self._timed or self._resources or self._notifier.active or self._retries.spent)
+        if plain and isinstance(events, DoneBatch):
+            self._end_batch(turn, events)
+            return
         for event in events:
             job = out.get(event.job_id)
             if job is None or not job.in_backend:
@@ -388,6 +392,21 @@ class Scheduler:
                 ended.append(job)
             else:
                 handlers[type(event)](turn, job, event)
+
+    def _end_batch(self, turn: _Turn, batch: DoneBatch) -> None:
+        ended, now = turn.ended, turn.now
+        before = len(ended)
+        try:
+            # Where there are no resources, the jobs themselves are what is dispatched.
+            for row, (job, output) in enumerate(zip(cast("Sequence[Job]", batch.tasks), batch.outputs, strict=True)):
+                if job.in_backend:  # else it was given up
+                    job.in_backend = False
+                    callbacks = job.finish(_DONE, output, None, None, batch, now, row)
+                    if callbacks:
+                        turn.callbacks.append((job, callbacks))
+                    ended.append(job)
+        finally:
+            self._in_backend -= len(ended) - before
 
     def _conclude(self, turn: _Turn) -> None:
         """With the lock: what has ended is out no longer; have it, and what was touched, recorded and told of, before

@@ -21,7 +21,7 @@ from collections import deque
 from typing import Any
 
 from evalkit.backends.base import RunFunction
-from evalkit.backends.events import Done, Failed
+from evalkit.backends.events import Measured
 from evalkit.backends.execution import describe, environment
 from evalkit.backends.importing import importing_function
 from evalkit.backends.meter import Meter
@@ -38,6 +38,7 @@ from evalkit.backends.process.wire import (
 )
 from evalkit.backends.serialization import Packer, dumps, explain, loads
 from evalkit.errors import SerializationError
+from evalkit.job import ErrorInfo
 from evalkit.running import SCALARS, RunningJob, is_coroutine_function
 
 __all__ = ["main"]
@@ -159,17 +160,16 @@ class _Worker:
             self._sock.sendall(self._outbox.contents())
             self._outbox.clear()
 
-    def _send_result(self, end: Done | Failed) -> None:
+    def _send_result(self, output: Any, error: ErrorInfo | None, measured: Measured) -> None:
         """Send a result, now or, if there is more to come at once, with others. It counts from the moment on in which
         it is in the outbox, even if it cannot be sent.
         """
-        measured = end.measured
-        if type(end) is Done and measured is not None and is_number(end.output):
+        if error is None and is_number(output):
             with self._sending:
-                self._outbox.put_number(end.output, measured, self._next_number())
+                self._outbox.put_number(output, measured, self._next_number())
                 self._flush_if_due()
             return
-        kind, payload, buffers = self._packed(end)
+        kind, payload, buffers = self._packed(output, error, measured)
         if buffers or len(payload) >= SMALL:
             self.send(kind, payload, buffers)
             self._sent = time.time()
@@ -178,19 +178,17 @@ class _Worker:
             self._outbox.put(small_frame(kind, payload, self._next_number()))
             self._flush_if_due()
 
-    def _packed(self, end: Done | Failed) -> tuple[int, bytes, list[memoryview]]:
+    def _packed(self, output: Any, error: ErrorInfo | None, measured: Measured) -> tuple[int, bytes, list[memoryview]]:
         """The kind, payload and buffers of a result."""
-        measured = end.measured
-        if isinstance(end, Failed):
-            return Kind.FAILED, pickle.dumps((end.error, measured), 5), []
-        if type(end.output) in SCALARS:
-            return Kind.DONE, pickle.dumps((end.output, measured), 5), []
-        try:
-            return Kind.DONE, *self._packer.pack((end.output, measured))
-        except SerializationError as exc:
-            # Of the output alone, so that the path starts at what the user returned.
-            error = describe(explain(end.output, "output", exc.__cause__ or exc))
-            return Kind.FAILED, pickle.dumps((error, measured), 5), []
+        if error is None:
+            if type(output) in SCALARS:
+                return Kind.DONE, pickle.dumps((output, measured), 5), []
+            try:
+                return Kind.DONE, *self._packer.pack((output, measured))
+            except SerializationError as exc:
+                # Of the output alone, so that the path starts at what the user returned.
+                error = describe(explain(output, "output", exc.__cause__ or exc))
+        return Kind.FAILED, pickle.dumps((error, measured), 5), []
 
     def _flush_if_due(self) -> None:
         """With the lock, and after what waits was put there, since the pool is to find it when it looks."""
@@ -313,18 +311,18 @@ class _Worker:
             os.environ.update(environment(resources))  # each time: jobs may have changed it
         if type(args) is dict and not self._is_async:
             job = RunningJob(args, job_id, attempt, channel, self._state, resources)
-            end = self._meter.run(self._function, job, None)
+            output, error, measured = self._meter.run(self._function, job)
         else:
             self._args = args
             job = RunningJob({}, job_id, attempt, channel, self._state, resources)
-            end = self._meter.run(self._call, job, None)
+            output, error, measured = self._meter.run(self._call, job)
         if self._is_fork:
-            os._exit(0 if type(end) is Done else 1)
+            os._exit(0 if error is None else 1)
         channel.end()
         if self._stop:
             self._stop.discard(job_id)
         self._collect_output()
-        self._send_result(end)
+        self._send_result(output, error, measured)
 
     def _call(self, job: RunningJob) -> Any:
         args, self._args = self._args, None
