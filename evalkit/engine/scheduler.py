@@ -394,19 +394,13 @@ class Scheduler:
                 handlers[type(event)](turn, job, event)
 
     def _end_batch(self, turn: _Turn, batch: DoneBatch) -> None:
-        ended, now = turn.ended, turn.now
-        before = len(ended)
+        before = len(turn.ended)
         try:
             # Where there are no resources, the jobs themselves are what is dispatched.
-            for row, (job, output) in enumerate(zip(cast("Sequence[Job]", batch.tasks), batch.outputs, strict=True)):
-                if job.in_backend:  # else it was given up
-                    job.in_backend = False
-                    callbacks = job.finish(_DONE, output, None, None, batch, now, row)
-                    if callbacks:
-                        turn.callbacks.append((job, callbacks))
-                    ended.append(job)
+            jobs = cast("Sequence[Job]", batch.tasks)
+            Job.finish_many(jobs, batch, turn.now, turn.ended, turn.callbacks)
         finally:
-            self._in_backend -= len(ended) - before
+            self._in_backend -= len(turn.ended) - before
 
     def _conclude(self, turn: _Turn) -> None:
         """With the lock: what has ended is out no longer; have it, and what was touched, recorded and told of, before
