@@ -57,6 +57,11 @@ class ChunkSizer:
         Args:
             workers: that may yet take some of them.
             is_tail: whether others are at work, so that it is better to come to an end than to make calls that take
-                longer than their jobs.
+                longer than their jobs, or to leave the jobs of one.
         """
-        return min(waiting, self.size, max(-(-waiting // max(1, workers)), self._least if is_tail else 1))
+        count = -(-waiting // max(1, workers))
+        if is_tail:
+            count = max(count, self._least)
+            if waiting - count < self._least:
+                count = waiting
+        return min(waiting, self.size, count)

@@ -13,7 +13,7 @@ from evalkit.job import Job
 
 __all__ = ["Drawer", "chunks_of"]
 
-_FIRST = 256  # jobs that go through submit at a time; twice as many each time, so that workers start early
+_FIRST = 512  # jobs that go through submit at a time; twice as many each time, so that workers start early
 _CHUNK = 4096  # at most
 _WAIT = 0.02  # seconds that a job may wait for the next ones of a slow iterable
 

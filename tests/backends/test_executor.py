@@ -196,6 +196,8 @@ def test_sizes_follow_what_was_measured() -> None:
     assert sizer.share(400, 4, False) == 100, "the last are spread over the workers"
     assert sizer.share(10, 4, False) == 3
     assert sizer.share(10, 4, True) == 10, "but at the end not so few that the calls take longer than they do"
+    assert sizer.share(100, 2, True) == 100, "nor are so few left for another call"
+    assert sizer.share(300, 2, True) == 150
     sizer.note(sizer.size, 1.0 * sizer.size, 1.0 * sizer.size + 3e-4)
     assert sizer.size == 1, "slow jobs travel alone at once"
     off = ChunkSizer(False)
