@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from evalkit.attempts import Attempt
@@ -178,7 +178,7 @@ class Job:
         self._owner = owner
         # Of its last run, as it was told: a JobMetadata is made of it for who asks.
         self._measured: Measured | MeasuredRuns | None = None
-        self._row: int  # in these, where they are of many
+        self._row: int  # its own in MeasuredRuns; unset where it has none
         self._ran_by: WorkerIdentity | None = None
         self._told: float | None = None
         self._known: JobMetadata | None = None
@@ -519,7 +519,7 @@ class Job:
 
     @staticmethod
     def finish_many(
-        jobs: Sequence[Job],
+        jobs: Iterable[Job | None],
         runs: ReturnedRuns,
         told: float,
         ended: list[Job],
@@ -528,7 +528,7 @@ class Job:
         """As :meth:`finish`, for jobs whose runs returned, in a third of the time.
 
         Args:
-            jobs: one for each run; those that their backend does not have any more are left as they are.
+            jobs: one for each run, in their order; None, or one that its backend does not have any more, was given up.
             told: when that was known, in seconds on the owner's clock.
             ended: takes those that have ended.
             callbacks: takes the callbacks that wait for this, to be called without the lock.
@@ -538,7 +538,7 @@ class Job:
         """
         measured, worker = runs.measured, runs.worker
         for row, (job, output) in enumerate(zip(jobs, runs.outputs, strict=True)):
-            if not job.in_backend:
+            if job is None or not job.in_backend:
                 continue
             if job._state is not _RUNNING and job._state is not _QUEUED:
                 job._check_transition(_DONE)

@@ -57,7 +57,7 @@ class ChunkSizer:
         Args:
             workers: that may yet take some of them.
             is_tail: whether others are at work, so that it is better to come to an end than to make calls that take
-                longer than their jobs, or to leave the jobs of one.
+                longer than their jobs, this one or a last one for what it would leave.
         """
         count = -(-waiting // max(1, workers))
         if is_tail:

@@ -11,7 +11,7 @@ from evalkit.backends.base import RunFunction
 from evalkit.backends.events import Done, Failed, Progress, Recorded
 from evalkit.backends.execution import failed, identity, visible
 from evalkit.backends.importing import importing_function
-from evalkit.backends.meter import Meter, ended
+from evalkit.backends.meter import Meter, event_of
 from evalkit.backends.serialization import dumps, explain, loads
 from evalkit.errors import SerializationError
 from evalkit.job import JobCause
@@ -53,7 +53,7 @@ def run_call(call: bytes, channel: Channel | None = None) -> bytes:
         end: Done | Failed = failed(job_id, exc, None, worker)
     else:
         with visible(resources):
-            end = ended(job_id, Meter().run(_plain(function), job), worker)
+            end = event_of(job_id, Meter().run(_plain(function), job), worker)
     try:
         return dumps((collector.said, end), "output", in_band=True)[0]
     except SerializationError as exc:

@@ -41,8 +41,8 @@ _REPORT_INTERVAL = 0.02  # seconds; progress that comes faster is merged
 _MAX_HELD_BYTES = 2**20  # of outputs, before they are sent
 _QUIET_TICKS = 20  # without anything to do, before the ticker sleeps until it is called
 
-#: As ``Ran``, of a job whose function could not be called.
-_Unfit = tuple[None, ErrorInfo, None]
+#: As ``Ran``, of a job that was not run: its function or its arguments cannot be rebuilt.
+_NotRun = tuple[None, ErrorInfo, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class WorkerThread:
 
     def run(
         self, channel: Channel, job_id: str, attempt: int, args: Any, resources: dict[str, str] | None = None
-    ) -> Ran | _Unfit:
+    ) -> Ran | _NotRun:
         if self._unfit is not None:
             return None, describe(self._unfit), None
         if type(args) is Packed:
@@ -202,7 +202,7 @@ class ChunkRun:
             self._closed = True
             return Outcome(self._messages, jobs, time.perf_counter() - begin, tuple(ended), self._thread.worker)
 
-    def _run_with(self, resources: dict[str, str], job_id: str, attempt: int, args: Any) -> Ran | _Unfit:
+    def _run_with(self, resources: dict[str, str], job_id: str, attempt: int, args: Any) -> Ran | _NotRun:
         # The environment of a process that we share belongs to all.
         with contextlib.nullcontext() if self._place.same_memory else visible(resources):
             return self._thread.run(self, job_id, attempt, args, resources)

@@ -13,11 +13,11 @@ __all__ = ["DoneBatch"]
 
 
 class DoneBatch(Sequence[Done]):
-    """Many ``Done`` of one worker, by columns: who knows that needs no object for each, which is a tenth of what a job
-    costs that does nothing. To anybody else it is a sequence of events.
+    """Many ``Done`` of one worker, by columns. To make them takes a tenth of the time of a job that does nothing, which
+    is left to who iterates.
 
     Args:
-        tasks: as they were dispatched.
+        tasks: as the backend has them.
         outputs, measured: of these, in their order.
     """
 

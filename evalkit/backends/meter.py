@@ -14,7 +14,7 @@ from evalkit.backends.execution import describe
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob
 
-__all__ = ["Meter", "Ran", "ended"]
+__all__ = ["Meter", "Ran", "event_of"]
 
 #: What a run returned; what it raised, or None; and what it took.
 Ran = tuple[Any, ErrorInfo | None, Measured]
@@ -77,7 +77,7 @@ class Meter:
         self._due = now + _SHORT
 
 
-def ended(job_id: str, ran: Ran, worker: WorkerIdentity | None) -> Done | Failed:
+def event_of(job_id: str, ran: Ran, worker: WorkerIdentity | None) -> Done | Failed:
     """The event of a run."""
     output, error, measured = ran
     if error is None:

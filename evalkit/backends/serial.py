@@ -14,7 +14,7 @@ from evalkit.backends.asynchronous import AsyncBackend
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Started
 from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity, take_all, visible
-from evalkit.backends.meter import Meter, ended
+from evalkit.backends.meter import Meter, event_of
 from evalkit.interrupts import InterruptHeard, InterruptHeld
 from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
@@ -200,7 +200,7 @@ class _Inline(Backend):
                         if unfit is None:
                             resources = task.resources if leased else None
                             job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, state, resources)
-                            end = ended(job_id, meter.run(call, job), worker)
+                            end = event_of(job_id, meter.run(call, job), worker)
                         else:
                             end = failed(job_id, unfit, None, worker)
                         interrupts.in_job = False

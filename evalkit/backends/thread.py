@@ -15,7 +15,7 @@ from typing import Any
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import Cancelled, Done, Event, Failed, Released, Started
 from evalkit.backends.execution import LocalChannel, check_worker_init, failed, identity
-from evalkit.backends.meter import Meter, ended
+from evalkit.backends.meter import Meter, event_of
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.running import RunningJob, is_coroutine_function, own_copy
 
@@ -177,7 +177,7 @@ class ThreadBackend(Backend):
                 events = []
                 if unfit is None:
                     job = RunningJob(own_copy(task.args), job_id, task.attempt, channel, state, task.resources)
-                    end: Done | Failed = ended(job_id, meter.run(function, job), worker)
+                    end: Done | Failed = event_of(job_id, meter.run(function, job), worker)
                 else:
                     end = failed(job_id, unfit, None, worker)
                 if self._runs.get(job_id) is not channel or self._runs.pop(job_id, None) is not channel:

@@ -105,7 +105,18 @@ class Table:
         self._owners += [owner] * n
         self._birth += array("d", [time.time()]) * n
         self._counts[_QUEUED] += n
+        self._last_change += _NEVER * n
+        self._log(range(first, first + n))
         return ids
+
+    def _fill(self) -> None:
+        """Extend the columns in which new jobs have nothing, and which wait for somebody to look.
+
+        It can be interrupted anywhere, in the middle of what a user reads: the next one goes on.
+        """
+        n = len(self._ids)
+        for column, nothing in self._empty_at_first:
+            column.extend(nothing * (n - len(column)))
 
     def end_later(self, jobs: Sequence[Job]) -> None:
         """Write the ends of these jobs before the table is next looked at."""
@@ -115,19 +126,11 @@ class Table:
             self._catch_up()
 
     def _catch_up(self) -> None:
-        """Write what waits for somebody to look: that new jobs are there, with columns in which they have nothing, and
-        the ends of jobs.
-        """
-        n, known = len(self._ids), len(self._last_change)
-        if known < n or self._unwritten:
+        self._fill()
+        if self._unwritten:
             with InterruptHeld():  # it is a user who reads
-                for column, nothing in self._empty_at_first:
-                    column.extend(nothing * (n - known))
-                self._last_change += _NEVER * (n - known)
-                self._log(range(known, n))
                 ended, self._unwritten = self._unwritten, []
-                if ended:
-                    self._write_ends([JobUpdate.of(job) for job in ended])
+                self._write_ends([JobUpdate.of(job) for job in ended])
 
     def _write_ends(self, updates: Sequence[JobUpdate]) -> None:
         try:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
+from typing import Any
+
+import pytest
 
 from evalkit import Evaluator, Job, RunningJob
-from evalkit.backends import Capabilities, Done, ExecutorBackend, WorkerIdentity
+from evalkit.backends import Capabilities, Done, ExecutorBackend, Task, WorkerIdentity
 from evalkit.backends.chunk_wire import Ends, read_ends
 from evalkit.backends.done_batch import DoneBatch
 from evalkit.job import JobState
 from evalkit.metadata import MeasuredRuns
+from evalkit.testing.backend_fixtures import BOUND, in_background
 
 WORKER = WorkerIdentity("host", 1, "worker-1")
 MEASURED = MeasuredRuns([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], [0.5, 0.25, 0.125], [10, 20, 30])
@@ -82,3 +89,36 @@ def test_each_job_has_what_was_measured_of_its_own_run() -> None:
         ordered = sorted(mine, key=lambda job: float(job.metadata["timestamp_start"]))
         for one, other in pairwise(ordered):
             assert one.metadata["timestamp_end"] <= other.metadata["timestamp_start"], "a worker runs one at a time"
+
+
+@dataclass
+class Renamed:
+    """A task of a backend's own."""
+
+    id: str
+    args: dict[str, Any]
+    attempt: int
+    resources: dict[str, str] = field(default_factory=dict)
+
+
+def renamed(task: Task) -> Task:
+    return Renamed(task.id, {"x": task.args["x"], "more": 1}, task.attempt)
+
+
+def changed(task: Task) -> Task:
+    copied = copy.copy(task)
+    copied.args.update(more=1)
+    return copied
+
+
+@pytest.mark.parametrize("change", [renamed, changed])
+def test_a_backend_may_hand_on_tasks_of_its_own(change: Callable[[Task], Task]) -> None:
+    class Handing(Processes):
+        def dispatch(self, tasks: Sequence[Task]) -> None:
+            super().dispatch([change(task) for task in tasks])
+
+    with Evaluator(x_of, Handing(2)) as evaluator:
+        for _ in range(3):  # until they travel together
+            jobs = evaluator.submit([{"x": x} for x in range(300)])
+            assert in_background(evaluator.gather, "ALL").result(BOUND) == jobs
+            assert [job.output for job in jobs] == list(range(300))
