@@ -280,6 +280,18 @@ def test_workers_that_cannot_all_start_leave_none(tmp_path: Path) -> None:
     assert "Too many open files" in done.stdout
 
 
+def policy_of(_job: Any) -> int:
+    return os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux")
+def test_a_worker_that_wakes_up_does_not_take_the_processor_from_the_main_process(make: Make) -> None:
+    before = os.sched_getscheduler(0)
+    (job,) = make(policy_of).submit([{}])
+    assert job.result(BOUND) == (os.SCHED_BATCH if before == os.SCHED_OTHER else before)
+    assert os.sched_getscheduler(0) == before
+
+
 def test_a_large_argument_and_output_pass(make: Make) -> None:
     evaluator = make(lambda job: job["x"] + b"!", num_workers=2)
     large = bytes(20 * 2**20)

@@ -27,7 +27,17 @@ def get_ready(program: Program, parent: int, connection: Connection) -> None:
     threading.Thread(target=_end_with, args=(parent,), name="evalkit-parent", daemon=True).start()
     # Ctrl-C in a terminal goes to all; what it means for the jobs is for the main process to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _become_batch_work()
     program.install()
+
+
+def _become_batch_work() -> None:
+    """Have this worker not take the processor from who runs there when it wakes up: often that is the main process, which
+    has just sent it a chunk and has one for the next worker. Its share of the processors is what it was.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or it is not allowed
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 _connection: Connection | None = None  # of this process, if it is a worker
