@@ -32,8 +32,8 @@ def get_ready(program: Program, parent: int, connection: Connection) -> None:
 
 
 def _become_batch_work() -> None:
-    """Have this worker not take the processor from who runs there when it wakes up: often that is the main process, which
-    has just sent it a chunk and has one for the next worker. Its share of the processors is what it was.
+    """Have this worker not take the processor from who runs there when it wakes up: often the main process, which has
+    just sent it a chunk and has one for the next worker. Its share of the processors is what it was.
     """
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or it is not allowed
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
