@@ -181,6 +181,9 @@ def test_callbacks_of_the_end_are_handed_out_once() -> None:
     for callback in job.finish(JobState.DONE):
         callback(job)
     assert seen == [job]
+    later: list[Job] = []
+    job.when_complete(later.append)
+    assert (seen, later) == ([job], [job])
 
 
 def test_who_asks_after_the_end_is_called_at_once() -> None:
