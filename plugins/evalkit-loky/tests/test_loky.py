@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -195,6 +196,18 @@ def test_a_worker_that_forks_may_die_like_any_other(make: Make, files: Files) ->
     finally:
         os.kill(int(files.wait("child")), 9)
     assert (job.cause, job.error and job.error.exit_code) == (JobCause.CRASH, 3)
+
+
+def _closes_everything(_job: Any) -> None:
+    atexit.register(time.sleep, 600)  # a worker has much to do on its way out, and a busy machine takes its time
+    os.closerange(0, 4096)
+
+
+def test_a_worker_that_cannot_answer_dies_at_once_and_with_an_exit_code(make: Make) -> None:
+    evaluator = make(_closes_everything, num_workers=1)
+    (job,) = evaluator.submit([{}])
+    in_background(evaluator.gather, "ALL").result(BOUND)
+    assert (job.cause, job.error and job.error.exit_code) == (JobCause.CRASH, 1)
 
 
 def _forks_in_c(job: Any) -> bool:

@@ -51,20 +51,24 @@ def serve(run: Callable[[Any], bytes]) -> None:
     connection = _connection
     if connection is None:
         raise RuntimeError("a worker without a connection")
-    connection.send_bytes(str(os.getpid()).encode())
-    while True:
-        try:
+    try:
+        connection.send_bytes(str(os.getpid()).encode())
+        while True:
             chunk = connection.recv_bytes()
-        except (EOFError, ConnectionResetError):
-            return
-        try:
-            answer = run(chunk)
-        except Exception as exc:  # noqa: BLE001 - it belongs to the call
-            connection.send_bytes(b"")
-            answer = pack_exception(exc)
-        del chunk  # it may be large, and the next may be long in coming
-        connection.send_bytes(answer)
-        del answer
+            try:
+                answer = run(chunk)
+            except Exception as exc:  # noqa: BLE001 - it belongs to the call
+                connection.send_bytes(b"")
+                answer = pack_exception(exc)
+            del chunk  # it may be large, and the next may be long in coming
+            connection.send_bytes(answer)
+            del answer
+    except (EOFError, ConnectionResetError, BrokenPipeError):
+        return
+    except OSError:
+        # A job has closed the descriptor. loky takes it for dead by now, and gives it a quarter of a second to be so
+        # before it ends it and cannot say with which exit code; the way out through loky's own code may take longer.
+        os._exit(1)
 
 
 def _end_with(parent: int) -> None:
