@@ -1,52 +1,68 @@
-"""RayExecutor: an executor of which each call is a task of Ray.
+"""RayExecutor: an executor of which each call is a task of Ray, or one more for a task that has just done with another.
 
 ::
 
     submit ──▶ task.remote ══▶ Ray's worker (task.py)
-                                   │
-    future ◀── our thread ◀── Ray's thread, which may not be held up
+      │                            ║      │  ▲
+      └───chunk, over a line ──────║──────│──┘
+                                   ║      │
+    future ◀── our thread ◀────────║──────┘ answer
+                   ▲               ▼
+                   └─── Ray's thread, which may not be held up
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, Future, wait
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
 from ray.exceptions import TaskCancelledError
 
+from evalkit_ray.lines import LONGEST, Line, Lines
 from evalkit_ray.task import Delivery, run_chunk
 
 __all__ = ["RayExecutor"]
 
 _GONE = "Ray was shut down under this evaluator; create another one"
+_TOO_LATE = object()  # in place of an answer: the call came when the task was about to end
 _LOOK = 5.0  # seconds between two looks whether Ray is still there: it says nothing when it is shut down
 
 
 class RayExecutor(Executor):
     """Calls as tasks of Ray. What is called goes into the object store once, and to each worker once.
 
-    A call goes to Ray at once, and from then on it cannot be taken back, but it can be ended (:meth:`kill`).
+    A call goes to Ray at once, and from then on it cannot be taken back, but it can be ended (:meth:`kill`). It is a
+    task of its own, unless one on this machine has answered within the last milliseconds: then it goes to that one.
+    Whatever becomes of the task becomes of the call that is in it.
 
     Args:
         options: of the tasks, as ``ray.remote`` takes them.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self._task = ray.remote(**options)(run_chunk)
+        _check_connected()
+        self._remote = ray.remote(**options)(run_chunk)
+        self._node = ray.get_runtime_context().get_node_id()
         self._program: _Program | None = None
         self._lock = threading.Lock()
         self._calls: dict[Future[Any], _Call] = {}
+        self._numbers = itertools.count()
+        self._tasks: dict[int, _Task] = {}
+        self._idle: dict[_Task, Line] = {}  # that wait for another call, for a moment
         self._shut = False
-        self._ended: SimpleQueue[tuple[_Call, Future[Any]] | None] = SimpleQueue()
+        self._over = False
+        self._ended: deque[tuple[_Task, Future[Any]]] = deque()
+        self._lines = Lines()
         self._thread = threading.Thread(target=self._serve, name="evalkit-ray", daemon=True)
         self._thread.start()
 
@@ -72,68 +88,130 @@ class RayExecutor(Executor):
                 raise RuntimeError("cannot submit after shutdown")
             self._calls[future] = call
             try:
-                self._send(call, delivering=False)
+                if not self._give(call):
+                    self._start(call, delivering=False)
             except BaseException:
                 del self._calls[future]
                 raise
         return future
 
-    def _send(self, call: _Call, *, delivering: bool) -> None:
+    def _give(self, call: _Call) -> bool:
+        """With the lock: give it to a task that waits for one; say whether there is one."""
+        fits = isinstance(call.chunk, bytes) and len(call.chunk) <= LONGEST
+        while self._idle:
+            task, line = self._idle.popitem()
+            if fits and task.program is call.program and line.send(call.chunk):
+                task.call, call.task = call, task
+                return True
+            line.hang_up()  # Ray may need its worker for the call
+            if not fits:
+                break
+        return False
+
+    def _start(self, call: _Call, *, delivering: bool) -> None:
         """With the lock: make it a task."""
         program = call.program
+        task = call.task = _Task(next(self._numbers), call)
+        ticket = (program.token, task.number, self._node, self._lines.address)
         if delivering:
-            call.reference = self._task.remote(program.token, call.chunk, program.reference)
+            task.reference = self._remote.remote(ticket, call.chunk, program.reference)
         else:
-            call.reference = self._task.remote(program.token, call.chunk)
-        call.reference.future().add_done_callback(partial(self._task_ended, call))
+            task.reference = self._remote.remote(ticket, call.chunk)
+        self._tasks[task.number] = task
+        task.reference.future().add_done_callback(partial(self._task_ended, task))
 
-    def _task_ended(self, call: _Call, ended: Future[Any]) -> None:
-        self._ended.put((call, ended))
+    def _task_ended(self, task: _Task, ended: Future[Any]) -> None:
+        """In a thread of Ray."""
+        self._ended.append((task, ended))
+        self._lines.wake()
+
+    # -- in our thread --------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while True:
-            try:
-                item = self._ended.get(timeout=_LOOK)
-            except Empty:
-                if not ray.is_initialized():
-                    self._fail_all()
-                continue
-            if item is None:
-                return
-            call, ended = item
-            exc = ended.exception()
-            if exc is None and ended.result() is None:
-                exc = self._send_again(call)
-                if exc is None:
-                    continue
+        while not self._over:
+            heard = self._lines.turn(_LOOK)
+            if not heard and not self._ended and not ray.is_initialized():
+                self._fail_all()
+            self._hear(heard)
+            while self._ended:
+                self._conclude(*self._ended.popleft())
+        self._lines.close()
+
+    def _hear(self, heard: Iterable[tuple[Line, bytes | None]]) -> None:
+        for line, answer in heard:
+            task = None if line.number is None else self._tasks.get(line.number)
             with self._lock:
-                self._calls.pop(call.future, None)
+                call = None
+                if answer is None:
+                    line.close()
+                    if task is not None:
+                        self._end(task)
+                elif task is not None:
+                    task.line = line
+                    task.answers += 1
+                    call, task.call = task.call, None
+                    if not task.ending:
+                        self._idle[task] = line
+                if call is not None:
+                    self._calls.pop(call.future, None)
+            if call is not None:
+                call.future.set_result(answer)
+
+    def _end(self, task: _Task) -> None:
+        """With the lock: it takes no more calls."""
+        task.ending = True
+        self._idle.pop(task, None)
+
+    def _conclude(self, task: _Task, ended: Future[Any]) -> None:
+        """A task has ended, and with it the call that is in it."""
+        with self._lock:
+            self._end(task)
+        self._hear(self._lines.drain())  # what it said last
+        with self._lock:
+            self._tasks.pop(task.number, None)
+            if task.line is not None:
+                self._lines.drop(task.line)
+            call, task.call = task.call, None
+        if call is None:
+            return
+        exc = ended.exception()
+        answer = None if exc is not None else ended.result()
+        if isinstance(answer, tuple):
+            count, last = answer
+            answer = last if count > task.answers else _TOO_LATE
+        if exc is None and (answer is None or answer is _TOO_LATE):
+            exc = self._start_again(call, delivering=answer is None)
             if exc is None:
-                call.future.set_result(ended.result())
-            else:
-                call.future.set_exception(exc)
-            # Until the next one comes, this thread keeps no result alive.
-            del item, call, ended, exc
+                return
+        with self._lock:
+            self._calls.pop(call.future, None)
+        if exc is None:
+            call.future.set_result(answer)
+        else:
+            call.future.set_exception(exc)
+
+    def _start_again(self, call: _Call, *, delivering: bool) -> BaseException | None:
+        """The worker has yet to be given the program, or the call came too late to it; return why it cannot be."""
+        with self._lock:
+            if call.killed:
+                return TaskCancelledError()
+            try:
+                _check_connected()
+                self._start(call, delivering=delivering)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the call ends with it
+                return exc
+        return None
 
     def _fail_all(self) -> None:
         """Nobody will ever tell what has become of these calls."""
         with self._lock:
             left = list(self._calls)
             self._calls.clear()
+            self._tasks.clear()
         for future in left:
             future.set_exception(RuntimeError(_GONE))
 
-    def _send_again(self, call: _Call) -> BaseException | None:
-        """The worker has yet to be given the program; return why it cannot be."""
-        with self._lock:
-            if call.killed:
-                return TaskCancelledError()
-            try:
-                _check_connected()
-                self._send(call, delivering=True)
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the call ends with it
-                return exc
-        return None
+    # -- its end --------------------------------------------------------------------------------------------------
 
     def kill(self, future: Future[Any]) -> bool:
         """End the worker that a call is in, or the call if it waits for one; say whether it was there."""
@@ -142,8 +220,10 @@ class RayExecutor(Executor):
             if call is None:
                 return False
             call.killed = True
-            if ray.is_initialized():  # else it ends at the next look
-                ray.cancel(call.reference, force=True)
+            if call.task is not None:
+                self._end(call.task)
+                if ray.is_initialized():  # else it ends at the next look
+                    ray.cancel(call.task.reference, force=True)
         return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -168,9 +248,12 @@ class RayExecutor(Executor):
         for future in left if kill and ray.is_initialized() else ():
             with contextlib.suppress(Exception):  # Ray may be going away itself
                 self.kill(future)
-        if threading.current_thread() is not self._thread:
+        in_ours = threading.current_thread() is self._thread
+        if not in_ours:
             wait(left, patience)
-            self._ended.put(None)
+        self._over = True
+        self._lines.wake()
+        if not in_ours:
             self._thread.join(1.0)
 
 
@@ -190,11 +273,26 @@ class _Program:
 
 
 class _Call:
-    __slots__ = ("chunk", "future", "killed", "program", "reference")
+    __slots__ = ("chunk", "future", "killed", "program", "task")
 
     def __init__(self, program: _Program, chunk: Any) -> None:
         self.program = program
         self.chunk = chunk
         self.future: Future[Any] = Future()
-        self.reference: Any = None
+        self.task: _Task | None = None  # that it is in
         self.killed = False
+
+
+class _Task:
+    """A task of Ray, and the call that is in it."""
+
+    __slots__ = ("answers", "call", "ending", "line", "number", "program", "reference")
+
+    def __init__(self, number: int, call: _Call) -> None:
+        self.number = number
+        self.program = call.program
+        self.call: _Call | None = call
+        self.line: Line | None = None
+        self.answers = 0  # that came over it
+        self.reference: Any = None
+        self.ending = False  # it takes no more calls

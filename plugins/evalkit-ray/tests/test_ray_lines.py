@@ -1,0 +1,197 @@
+"""Calls that reach a task over a line, after its first: what becomes of them when something dies or comes too late."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from concurrent.futures import wait
+from pathlib import Path
+
+import pytest
+import ray
+
+from evalkit import Evaluator, JobCause, JobState
+from evalkit.testing.backend_fixtures import BOUND, in_background
+from evalkit_ray import lines
+from evalkit_ray.executor import RayExecutor
+
+BIG = 3 * lines.LONGEST
+
+
+def note_run(job):
+    with open(job["runs"], "a") as file:
+        file.write(f"{job['x']}\n")
+
+
+def which_task(job):
+    return ray.get_runtime_context().get_task_id()
+
+
+def die_now_and_then(job):
+    note_run(job)
+    if job["x"] % 7 == 3:
+        os._exit(3)
+    return job["x"]
+
+
+def hang_now_and_then(job):
+    note_run(job)
+    if job["x"] % 7 == 3:
+        time.sleep(10 * BOUND)
+    return job["x"]
+
+
+def large_now_and_then(job):
+    note_run(job)
+    return job["x"] if job["x"] % 3 else bytes(BIG)
+
+
+def take(job):
+    note_run(job)
+    return len(job["ballast"])
+
+
+def one_by_one(evaluator, parameters, pause=lambda x: 0.0):
+    """Submit one at a time, each when there is room for it, as a search does; return all jobs in order."""
+    jobs, back = [], []
+    for args in parameters:
+        if len(jobs) - len(back) == 2:
+            back += in_background(evaluator.gather, "BATCH", 1).result(BOUND)
+        time.sleep(pause(args["x"]))
+        jobs += evaluator.submit([args])
+    back += in_background(evaluator.gather, "ALL").result(BOUND)
+    assert sorted(back, key=jobs.index) == jobs, "each came back, once"
+    return jobs
+
+
+def runs(path):
+    return sorted(map(int, Path(path).read_text().split()))
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestLines:
+    def create(self, function, **kwargs):
+        return Evaluator.create(function, "ray", {"grace": 0.2, "num_workers": 2, **kwargs})
+
+    def test_cheap_calls_one_after_another_share_a_task(self):
+        with self.create(which_task) as evaluator:
+            jobs = one_by_one(evaluator, [{"x": x} for x in range(300)])
+        assert len({job.output for job in jobs}) < 200
+
+    def test_who_dies_is_alone_to_fail_and_nobody_runs_twice(self, tmp_path):
+        path = str(tmp_path / "runs")
+        with self.create(die_now_and_then) as evaluator:
+            jobs = one_by_one(evaluator, [{"x": x, "runs": path} for x in range(50)])
+        died = [job for job in jobs if job.args["x"] % 7 == 3]
+        assert {(job.state, job.cause) for job in died} == {(JobState.FAILED, JobCause.CRASH)}
+        assert all(job.output == job.args["x"] for job in jobs if job not in died)
+        assert runs(path) == list(range(50))
+
+    def test_who_is_past_its_time_is_alone_to_be_ended(self, tmp_path):
+        path = str(tmp_path / "runs")
+        with self.create(hang_now_and_then, job_timeout=1.0) as evaluator:
+            jobs = one_by_one(evaluator, [{"x": x, "runs": path} for x in range(20)])
+        late = [job for job in jobs if job.args["x"] % 7 == 3]
+        assert {(job.state, job.cause) for job in late} == {(JobState.FAILED, JobCause.TIMEOUT)}
+        assert all(job.output == job.args["x"] for job in jobs if job not in late)
+        assert runs(path) == list(range(20))
+
+    def test_a_call_that_comes_when_its_task_is_about_to_end_runs_once(self, tmp_path):
+        path = str(tmp_path / "runs")
+        with self.create(take) as evaluator:
+            # From well before the end to well after it, in steps that hit it.
+            parameters = [{"x": x, "runs": path, "ballast": "-"} for x in range(400)]
+            jobs = one_by_one(evaluator, parameters, pause=lambda x: 0.003 + x % 100 * 3e-5)
+        assert {job.output for job in jobs} == {1}
+        assert runs(path) == list(range(400))
+
+    def test_what_is_too_large_for_a_line_goes_through_ray(self, tmp_path):
+        path = str(tmp_path / "runs")
+        with self.create(large_now_and_then) as evaluator:
+            jobs = one_by_one(evaluator, [{"x": x, "runs": path} for x in range(60)])
+        assert [job.output for job in jobs] == [x if x % 3 else bytes(BIG) for x in range(60)]
+        assert runs(path) == list(range(60))
+        with self.create(take) as evaluator:
+            sizes = [BIG if x % 3 else x for x in range(60)]
+            parameters = [{"x": 100 + x, "runs": path, "ballast": bytes(size)} for x, size in enumerate(sizes)]
+            jobs = one_by_one(evaluator, parameters)
+        assert [job.output for job in jobs] == sizes
+        assert runs(path) == [*range(60), *range(100, 160)]
+
+    def test_an_answer_over_a_line_that_could_not_be_opened_is_not_lost(self, tmp_path, monkeypatch):
+        """No descriptors left, say: the worker has sent it, and knows no better."""
+        monkeypatch.setattr(lines.Lines, "_accept", lambda self: self._listener.accept()[0].close())
+        path = str(tmp_path / "runs")
+        with self.create(take) as evaluator:
+            jobs = one_by_one(evaluator, [{"x": x, "runs": path, "ballast": "-"} for x in range(30)])
+        assert {job.output for job in jobs} == {1}
+        assert runs(path) == list(range(30))
+
+    def test_a_call_that_is_killed_leaves_the_next_one_alone(self):
+        """A task that is to be ended takes no more calls, whatever it still answers."""
+        executor = RayExecutor({"num_cpus": 1, "max_retries": 0})
+        try:
+            for number in range(30):
+                future = executor.submit(bytes.upper, b"first")
+                if number % 2:
+                    time.sleep(0.001 * (number % 5))
+                executor.kill(future)
+                next_one = executor.submit(bytes.upper, b"second")
+                assert next_one.result(BOUND) == b"SECOND"
+                wait([future], BOUND)
+        finally:
+            executor.end(BOUND, kill=True)
+
+
+# -- the lines themselves ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ends():
+    ends = lines.Lines()
+    yield ends
+    ends.close()
+
+
+def hear(ends):
+    """What is said next."""
+    deadline = time.monotonic() + BOUND
+    while time.monotonic() < deadline:
+        if heard := ends.turn(BOUND):
+            return heard
+    raise AssertionError("nothing was heard")
+
+
+def test_messages_go_both_ways(ends):
+    with lines.connect(ends.address, 7) as sock:
+        lines.send(sock, b"one")
+        ((line, message),) = hear(ends)
+        assert (line.number, message) == (7, b"one")
+        assert line.send(bytes(lines.LONGEST))
+        assert lines.receive(sock, BOUND) == bytes(lines.LONGEST)
+        lines.send(sock, bytes(lines.LONGEST))
+        ((_, message),) = hear(ends)
+        assert message == bytes(lines.LONGEST)
+    assert hear(ends) == [(line, None)]
+    assert not line.send(b"late")
+    line.close()
+
+
+def test_who_does_not_know_the_token_is_not_listened_to(ends):
+    port, token = ends.address
+    for start in (b"GET / HTTP/1.0\r\n\r\n", token[:-1] + bytes([token[-1] ^ 1]) + bytes(12)):
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.sendall(start)
+            ((line, message),) = hear(ends)
+            assert (line.number, message) == (None, None)
+            line.close()
+            assert lines.receive(sock, BOUND) is None
+
+
+def test_a_worker_that_gets_nothing_goes_on(ends):
+    address = ends.address
+    with lines.connect(ends.address, 1) as sock:
+        assert lines.receive(sock, 0.001) is None
+    ends.close()
+    assert lines.connect(address, 1) is None
