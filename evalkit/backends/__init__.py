@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from evalkit.backends.executor import ExecutorBackend
     from evalkit.backends.executor_call import Fault, Reach
     from evalkit.backends.lead import Lead
+    from evalkit.backends.peers import Peer, PeerAddress, Peers, connect_peer, frame
     from evalkit.backends.serialization import pack_exception, unpack_exception
     from evalkit.backends.side_channel import SideChannel, SideChannelClient
 
@@ -46,6 +47,9 @@ __all__ = [
     "Fault",
     "Lead",
     "Lost",
+    "Peer",
+    "PeerAddress",
+    "Peers",
     "Printed",
     "Program",
     "Progress",
@@ -61,7 +65,9 @@ __all__ = [
     "Started",
     "Task",
     "WorkerIdentity",
+    "connect_peer",
     "environment",
+    "frame",
     "pack_call",
     "pack_exception",
     "read_answer",
@@ -74,13 +80,18 @@ _MODULES = {
     "ExecutorBackend": "executor",
     "Fault": "executor_call",
     "Lead": "lead",
+    "Peer": "peers",
+    "PeerAddress": "peers",
+    "Peers": "peers",
     "Program": "chunk",
     "Reach": "executor_call",
     "RunFailedError": "asynchronous",
     "RunLostError": "asynchronous",
     "SideChannel": "side_channel",
     "SideChannelClient": "side_channel",
+    "connect_peer": "peers",
     "environment": "execution",
+    "frame": "peers",
     "pack_call": "calls",
     "pack_exception": "serialization",
     "read_answer": "calls",

@@ -58,7 +58,7 @@ def test_messages_arrive_whole_and_in_order(channel: LoopbackChannel, heard: Hea
 
 
 def test_who_does_not_know_the_token_is_not_heard(channel: LoopbackChannel, heard: Heard) -> None:
-    port = channel.client.__reduce__()[1][0]  # type: ignore[index]
+    ((port, _),) = channel.client.__reduce__()[1]  # type: ignore[misc]
     with socket.create_connection(("127.0.0.1", port), BOUND) as sock:
         sock.sendall(bytes(32) + (3).to_bytes(8, "little") + b"bad")
         with contextlib.suppress(ConnectionResetError):

@@ -15,26 +15,33 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import sys
 import threading
+import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, wait
 from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import TaskCancelledError
+from ray.exceptions import TaskCancelledError, WorkerCrashedError
 
-from evalkit_ray.lines import LONGEST, Line, Lines
+from evalkit.backends import Peer, Peers
+from evalkit_ray.lines import LONGEST, give, hang_up
 from evalkit_ray.task import Delivery, run_chunk
 
 __all__ = ["RayExecutor"]
 
 _GONE = "Ray was shut down under this evaluator; create another one"
 _TOO_LATE = object()  # in place of an answer: the call came when the task was about to end
+_MISSED = (
+    2.0  # seconds in which a kill that came too late may hit the next task in that worker; Ray does not prevent it
+)
+_TURNS = 1000  # of listening; others say something too
 _LOOK = 5.0  # seconds between two looks whether Ray is still there: it says nothing when it is shut down
 
 
@@ -56,13 +63,14 @@ class RayExecutor(Executor):
         self._program: _Program | None = None
         self._lock = threading.Lock()
         self._calls: dict[Future[Any], _Call] = {}
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(1)
         self._tasks: dict[int, _Task] = {}
-        self._idle: dict[_Task, Line] = {}  # that wait for another call, for a moment
+        self._idle: dict[_Task, Peer] = {}  # that wait for another call, for a moment
         self._shut = False
         self._over = False
+        self._missed = -math.inf  # when a task that was to be killed had ended by itself
         self._ended: deque[tuple[_Task, Future[Any]]] = deque()
-        self._lines = Lines()
+        self._lines = Peers()
         self._thread = threading.Thread(target=self._serve, name="evalkit-ray", daemon=True)
         self._thread.start()
 
@@ -100,10 +108,10 @@ class RayExecutor(Executor):
         fits = isinstance(call.chunk, bytes) and len(call.chunk) <= LONGEST
         while self._idle:
             task, line = self._idle.popitem()
-            if fits and task.program is call.program and line.send(call.chunk):
+            if fits and task.program is call.program and give(line, call.chunk):
                 task.call, call.task = call, task
                 return True
-            line.hang_up()  # Ray may need its worker for the call
+            hang_up(line)  # Ray may need its worker for the call
             if not fits:
                 break
         return False
@@ -129,33 +137,39 @@ class RayExecutor(Executor):
 
     def _serve(self) -> None:
         while not self._over:
-            heard = self._lines.turn(_LOOK)
+            heard = self._listen(_LOOK)
             if not heard and not self._ended and not ray.is_initialized():
                 self._fail_all()
-            self._hear(heard)
             while self._ended:
                 self._conclude(*self._ended.popleft())
         self._lines.close()
 
-    def _hear(self, heard: Iterable[tuple[Line, bytes | None]]) -> None:
-        for line, answer in heard:
-            task = None if line.number is None else self._tasks.get(line.number)
+    def _listen(self, timeout: float) -> bool:
+        """Hear what tasks answer within so many seconds; say whether there was anything."""
+        heard = self._lines.turn(timeout)
+        for line, answers in heard or ():
             with self._lock:
-                call = None
-                if answer is None:
-                    line.close()
+                task = self._tasks.get(line.number or 0)
+                if answers is None:
+                    self._lines.drop(line)
                     if task is not None:
                         self._end(task)
-                elif task is not None:
-                    task.line = line
-                    task.answers += 1
-                    call, task.call = task.call, None
-                    if not task.ending:
-                        self._idle[task] = line
-                if call is not None:
-                    self._calls.pop(call.future, None)
-            if call is not None:
-                call.future.set_result(answer)
+            for answer in answers or ():
+                if task is not None:
+                    self._answered(task, line, answer)
+        return heard is not None
+
+    def _answered(self, task: _Task, line: Peer, answer: bytes) -> None:
+        with self._lock:
+            task.line = line
+            task.answers += 1
+            call, task.call = task.call, None
+            if call is None:
+                return
+            if not task.ending:
+                self._idle[task] = line
+            self._calls.pop(call.future, None)
+        call.future.set_result(answer)
 
     def _end(self, task: _Task) -> None:
         """With the lock: it takes no more calls."""
@@ -163,24 +177,32 @@ class RayExecutor(Executor):
         self._idle.pop(task, None)
 
     def _conclude(self, task: _Task, ended: Future[Any]) -> None:
-        """A task has ended, and with it the call that is in it."""
+        """A task has ended, and so has the call that is still in it."""
         with self._lock:
             self._end(task)
-        self._hear(self._lines.drain())  # what it said last
+        for _ in range(_TURNS):
+            if not self._listen(0.0):  # on one machine, what it said last is here
+                break
         with self._lock:
             self._tasks.pop(task.number, None)
             if task.line is not None:
+                hang_up(task.line)  # a child of its worker may have it open
                 self._lines.drop(task.line)
             call, task.call = task.call, None
+        exc = ended.exception()
+        if exc is None and task.killed:
+            self._missed = time.monotonic()
         if call is None:
             return
-        exc = ended.exception()
+        if isinstance(exc, WorkerCrashedError) and time.monotonic() - self._missed < _MISSED:
+            self._missed = -math.inf
+            exc = TaskCancelledError()
         answer = None if exc is not None else ended.result()
         if isinstance(answer, tuple):
             count, last = answer
             answer = last if count > task.answers else _TOO_LATE
         if exc is None and (answer is None or answer is _TOO_LATE):
-            exc = self._start_again(call, delivering=answer is None)
+            exc = self._start_again(task, call, delivering=answer is None)
             if exc is None:
                 return
         with self._lock:
@@ -190,10 +212,10 @@ class RayExecutor(Executor):
         else:
             call.future.set_exception(exc)
 
-    def _start_again(self, call: _Call, *, delivering: bool) -> BaseException | None:
+    def _start_again(self, task: _Task, call: _Call, *, delivering: bool) -> BaseException | None:
         """The worker has yet to be given the program, or the call came too late to it; return why it cannot be."""
         with self._lock:
-            if call.killed:
+            if task.killed:
                 return TaskCancelledError()
             try:
                 _check_connected()
@@ -219,11 +241,12 @@ class RayExecutor(Executor):
             call = self._calls.get(future)
             if call is None:
                 return False
-            call.killed = True
-            if call.task is not None:
-                self._end(call.task)
+            task = call.task
+            if task is not None:
+                task.killed = True
+                self._end(task)
                 if ray.is_initialized():  # else it ends at the next look
-                    ray.cancel(call.task.reference, force=True)
+                    ray.cancel(task.reference, force=True)
         return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -273,26 +296,26 @@ class _Program:
 
 
 class _Call:
-    __slots__ = ("chunk", "future", "killed", "program", "task")
+    __slots__ = ("chunk", "future", "program", "task")
 
     def __init__(self, program: _Program, chunk: Any) -> None:
         self.program = program
         self.chunk = chunk
         self.future: Future[Any] = Future()
         self.task: _Task | None = None  # that it is in
-        self.killed = False
 
 
 class _Task:
     """A task of Ray, and the call that is in it."""
 
-    __slots__ = ("answers", "call", "ending", "line", "number", "program", "reference")
+    __slots__ = ("answers", "call", "ending", "killed", "line", "number", "program", "reference")
 
     def __init__(self, number: int, call: _Call) -> None:
         self.number = number
         self.program = call.program
         self.call: _Call | None = call
-        self.line: Line | None = None
+        self.line: Peer | None = None
         self.answers = 0  # that came over it
         self.reference: Any = None
         self.ending = False  # it takes no more calls
+        self.killed = False

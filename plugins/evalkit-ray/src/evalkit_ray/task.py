@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from evalkit.backends import PeerAddress
 from evalkit_ray import lines
 
 __all__ = ["Delivery", "Served", "Ticket", "run_chunk"]
@@ -24,7 +25,7 @@ Served = tuple[int, bytes]
 
 #: Of a task: the token that names the program, the number of the task, the node of the main program, and the address of
 #: its lines there. A plain tuple, which Ray packs faster.
-Ticket = tuple[str, int, str, lines.Address]
+Ticket = tuple[str, int, str, PeerAddress]
 
 _SHORT = 0.1  # seconds; what takes longer is not made any faster by a line
 _SESSION = 0.25  # seconds after which a task ends, so that others get their turn; a task costs a few milliseconds
@@ -85,9 +86,7 @@ def _serve(program: Callable[[Any], Any], line: socket, answer: Any, until: floa
     """Answer, and take what comes next, until nothing does."""
     count, start = 0, time.monotonic()
     while _fits(answer, start) and time.monotonic() < until:
-        try:
-            lines.send(line, answer)
-        except OSError:
+        if not lines.answer(line, answer):
             break
         count += 1
         chunk = lines.receive(line, _LINGER)

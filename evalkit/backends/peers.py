@@ -1,0 +1,215 @@
+"""Peers: other processes of this machine, over sockets that only they can use.
+
+::
+
+    peer ──token, a number of its own, then messages──▶ turn
+         ◀──bytes────────────────────────────────────── send
+
+A peer connects to the loopback interface, with a token that it was given; who does not know it is not listened to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import secrets
+import selectors
+import socket
+import struct
+import time
+
+__all__ = ["Peer", "PeerAddress", "Peers", "connect_peer", "frame"]
+
+_HOST = "127.0.0.1"
+_LENGTH = struct.Struct("<Q")  # before each message
+_NUMBER = struct.Struct("<Q")
+_TOKEN_BYTES = 32
+_READ_BYTES = 2**18
+_PAUSE = 0.01  # seconds before another try where somebody cannot be let in
+
+#: The port, and the token.
+PeerAddress = tuple[int, bytes]
+
+
+def frame(message: bytes) -> bytes:
+    """A message as it is sent."""
+    return _LENGTH.pack(len(message)) + message
+
+
+def connect_peer(address: PeerAddress, number: int, timeout: float) -> socket.socket:
+    """In another process: connect to the :class:`Peers` at this address.
+
+    Args:
+        number: what this peer is known by there.
+        timeout: seconds; afterwards the socket has none.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    port, token = address
+    sock = socket.create_connection((_HOST, port), timeout)
+    sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(token + _NUMBER.pack(number))
+    return sock
+
+
+class Peers:
+    """The end that listens. All but :meth:`wake` belongs to one thread.
+
+    Attributes:
+        address: for :func:`connect_peer`.
+    """
+
+    def __init__(self) -> None:
+        self._token = secrets.token_bytes(_TOKEN_BYTES)
+        self._listener = socket.create_server((_HOST, 0), backlog=128)
+        self._listener.setblocking(False)
+        self.address: PeerAddress = (self._listener.getsockname()[1], self._token)
+        self._woken, self._wake = socket.socketpair()
+        self._woken.setblocking(False)
+        self._wake.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._received = memoryview(bytearray(_READ_BYTES))  # one for all: a new one for each read is slow to get
+        self._all: dict[socket.socket, Peer] = {}
+
+    def wake(self) -> None:
+        """End the turn, or the next one; from any thread."""
+        with contextlib.suppress(OSError):  # it is about to end, or they are closed
+            self._wake.send(b"\0")
+
+    def turn(self, timeout: float | None) -> list[tuple[Peer, list[bytes] | None]] | None:
+        """Wait until somebody has something to say, or for :meth:`wake`.
+
+        Args:
+            timeout: seconds; None for no limit.
+
+        Returns:
+            of each that was heard, its messages, maybe none at its first word; None of those that have gone, which are
+            to be dropped. None if nothing has happened at all, but for a :meth:`wake`.
+        """
+        heard: list[tuple[Peer, list[bytes] | None]] = []
+        something = False
+        for key, mask in self._selector.select(timeout):
+            if key.fileobj is self._woken:
+                with contextlib.suppress(BlockingIOError):
+                    self._woken.recv(4096)
+                continue
+            something = True
+            if key.fileobj is self._listener:
+                self._accept()
+                continue
+            peer: Peer = key.data
+            if mask & selectors.EVENT_WRITE:
+                self._write(peer)
+            if not mask & selectors.EVENT_READ:
+                continue
+            try:
+                messages = peer.read(self._received, self._token)
+                if peer.number is not None:
+                    heard.append((peer, messages))
+            except OSError:  # it has gone, or is nobody we know
+                if peer.number is None:
+                    self.drop(peer)
+                else:
+                    self._selector.unregister(peer.sock)
+                    heard.append((peer, None))
+        return heard if something else None
+
+    def send(self, peer: Peer, data: bytes) -> None:
+        """Send it, now or in a later turn; never, if the peer has gone."""
+        if peer.sock in self._all:
+            peer.outgoing += data
+            self._write(peer)
+
+    def drop(self, peer: Peer) -> None:
+        """Close the connection to a peer, if it is open."""
+        if self._all.pop(peer.sock, None) is not None:
+            with contextlib.suppress(KeyError):  # it has gone
+                self._selector.unregister(peer.sock)
+            peer.sock.close()
+
+    def close(self) -> None:
+        for peer in list(self._all.values()):
+            self.drop(peer)
+        self._selector.close()
+        for sock in (self._listener, self._woken, self._wake):
+            sock.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:  # it has gone again, or there are no descriptors left
+            time.sleep(_PAUSE)
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer = self._all[sock] = Peer(sock)
+        self._selector.register(sock, selectors.EVENT_READ, peer)
+
+    def _write(self, peer: Peer) -> None:
+        try:
+            while peer.outgoing:
+                del peer.outgoing[: peer.sock.send(peer.outgoing)]
+        except BlockingIOError:
+            pass
+        except OSError:  # it has gone; what it said last may still be to be read
+            peer.outgoing.clear()
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.outgoing else 0)
+        if self._selector.get_key(peer.sock).events != events:
+            self._selector.modify(peer.sock, events, peer)
+
+
+class Peer:
+    """A process that has connected.
+
+    Attributes:
+        sock: the connection.
+        number: as it says; None until it has, and has shown that it knows the token.
+        outgoing: what it has yet to be sent.
+    """
+
+    __slots__ = ("_incoming", "number", "outgoing", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.number: int | None = None
+        self.outgoing = bytearray()
+        self._incoming = bytearray()
+
+    def read(self, buffer: memoryview, token: bytes) -> list[bytes]:
+        """The messages that are whole.
+
+        Raises:
+            OSError: there will be no more, or it does not know the token.
+        """
+        try:
+            n = self.sock.recv_into(buffer)
+        except BlockingIOError:
+            return []
+        if not n:
+            raise ConnectionResetError
+        incoming = self._incoming
+        incoming += buffer[:n]
+        if self.number is None:
+            said = incoming[: len(token)]
+            if not hmac.compare_digest(said, token[: len(said)]):
+                raise ConnectionRefusedError
+            if len(incoming) < len(token) + _NUMBER.size:
+                return []
+            (self.number,) = _NUMBER.unpack_from(incoming, len(token))
+            del incoming[: len(token) + _NUMBER.size]
+        messages: list[bytes] = []
+        at = 0
+        while len(incoming) >= at + _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(incoming, at)
+            start = at + _LENGTH.size
+            if len(incoming) < start + length:
+                break
+            messages.append(bytes(incoming[start : start + length]))
+            at = start + length
+        if at:
+            del incoming[:at]
+        return messages
