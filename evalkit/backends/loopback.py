@@ -57,7 +57,7 @@ class LoopbackChannel(SideChannel):
     def drain(self, timeout: float) -> None:
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             drained = threading.Event()
-            self._do(lambda: self._read_all(drained))
+            self._do(lambda: self._read_all(time.monotonic() + timeout, drained))
             drained.wait(timeout)
 
     def close(self) -> None:
@@ -107,11 +107,10 @@ class LoopbackChannel(SideChannel):
         for peer in self._workers:
             self._ends.send(peer, _RUN.pack(run))
 
-    def _read_all(self, drained: threading.Event) -> None:
+    def _read_all(self, until: float, drained: threading.Event) -> None:
         # On one machine, what was sent is here. A worker that never pauses must not keep us.
-        for _ in range(1000):
-            if not self._turn(0):
-                break
+        while time.monotonic() < until and self._turn(0.0):
+            pass
         drained.set()
 
 

@@ -27,6 +27,8 @@ _TOKEN_BYTES = 32
 _READ_BYTES = 2**18
 _PAUSE = 0.01  # seconds before another try where somebody cannot be let in
 
+_Socket = socket.socket  # as it is now: a job may put something else in its place, so as to have no network
+
 #: The port, and the token.
 PeerAddress = tuple[int, bytes]
 
@@ -47,10 +49,16 @@ def connect_peer(address: PeerAddress, number: int, timeout: float) -> socket.so
         OSError: it does not answer.
     """
     port, token = address
-    sock = socket.create_connection((_HOST, port), timeout)
-    sock.settimeout(None)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.sendall(token + _NUMBER.pack(number))
+    sock = _Socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect((_HOST, port))
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(token + _NUMBER.pack(number))
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 
@@ -145,7 +153,8 @@ class Peers:
             time.sleep(_PAUSE)
             return
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # it has gone again
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = self._all[sock] = Peer(sock)
         self._selector.register(sock, selectors.EVENT_READ, peer)
 

@@ -85,6 +85,24 @@ def test_nothing_is_lost_with_a_node(nodes, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_jobs_say_does_not_depend_on_other_nodes(nodes):
+    """The actor of the side channel is on the node of this program, with which all would end anyway."""
+    (raylet,) = nodes.cluster.head_node.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
+
+    def actors():
+        children = psutil.Process().children(recursive=True)
+        return [child.ppid() for child in children if child.is_running() and "Postbox" in child.name()]
+
+    for _ in range(6):
+        with Evaluator.create(tiny, "ray", {"num_workers": 2, "address": nodes.cluster.address}) as evaluator:
+            evaluator.submit([{"x": 1}])
+            evaluator.gather("ALL")
+            eventually(actors, "the start of the actor")
+            assert set(actors()) == {raylet.process.pid}
+        eventually(lambda: not actors(), "the end of the actor")
+
+
+@pytest.mark.slow
 def test_nothing_of_many_tiny_jobs_is_lost_with_a_node(nodes):
     """The same for jobs that travel many at a time."""
     settings = {"num_workers": 4, "address": nodes.cluster.address, "grace": 0.2}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import socket
 import time
-from concurrent.futures import wait
+import uuid
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ import ray
 from evalkit import Evaluator, JobCause, JobState
 from evalkit.backends import Peers
 from evalkit.testing.backend_fixtures import BOUND, in_background
+from evalkit_ray import executor as executor_module
 from evalkit_ray import lines
 from evalkit_ray.executor import RayExecutor
+from evalkit_ray.task import Delivery, run_chunk
 
 BIG = 3 * lines.LONGEST
 
@@ -120,14 +125,41 @@ class TestLines:
         assert [job.output for job in jobs] == sizes
         assert runs(path) == [*range(60), *range(100, 160)]
 
-    def test_an_answer_over_a_line_that_could_not_be_opened_is_not_lost(self, tmp_path, monkeypatch):
-        """No descriptors left, say: the worker has sent it, and knows no better."""
-        monkeypatch.setattr(Peers, "_accept", lambda self: self._listener.accept()[0].close())
+    def test_without_descriptors_left_nothing_is_lost(self, tmp_path):
+        """The worker has sent its answer, and cannot know that nobody could open the line."""
         path = str(tmp_path / "runs")
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         with self.create(take) as evaluator:
-            jobs = one_by_one(evaluator, [{"x": x, "runs": path, "ballast": "-"} for x in range(30)])
+            parameters = [{"x": x, "runs": path, "ballast": "-"} for x in range(30)]
+            jobs = one_by_one(evaluator, parameters[:10])
+            time.sleep(0.02)  # the lines end
+            taken = []
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, limits[1]))
+                with contextlib.suppress(OSError):
+                    while True:
+                        taken.append(os.open(os.devnull, os.O_RDONLY))
+                jobs += one_by_one(evaluator, parameters[10:])
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                for fd in taken:
+                    os.close(fd)
         assert {job.output for job in jobs} == {1}
         assert runs(path) == list(range(30))
+
+    def test_a_call_that_was_given_up_is_not_answered_later(self, tmp_path, monkeypatch):
+        """Ray seems to be gone, and then a task ends all the same: those that follow are served."""
+        executor = RayExecutor({"num_cpus": 1, "max_retries": 0})
+        try:
+            with monkeypatch.context() as patch:
+                future = executor.submit(os.listdir, str(tmp_path / "never").encode())  # raises, later
+                patch.setattr(executor_module, "_LOOK", 0.0)
+                patch.setattr(ray, "is_initialized", lambda: False)
+                with contextlib.suppress(RuntimeError, FileNotFoundError, ray.exceptions.RayTaskError):
+                    future.result(BOUND)
+            assert executor.submit(bytes.upper, b"second").result(BOUND) == b"SECOND"
+        finally:
+            executor.end(BOUND, kill=True)
 
     def test_a_call_that_is_killed_leaves_the_next_one_alone(self):
         """A task that is to be ended takes no more calls, whatever it still answers. If Ray hits another task that came
@@ -146,6 +178,56 @@ class TestLines:
                 wait([future], BOUND)
         finally:
             executor.end(BOUND, kill=True)
+
+
+# -- the task, in this process ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestTask:
+    def run(self, ends, program):
+        node = ray.get_runtime_context().get_node_id()
+        return run_chunk((uuid.uuid4().hex, 1, node, ends.address), b"call", Delivery(program, []))
+
+    def test_the_answer_is_sent_and_reported(self, ends):
+        assert self.run(ends, bytes.upper) == (1, b"CALL")
+        ((_, messages),) = hear(ends)
+        assert messages == [b"CALL"]
+
+    def test_a_job_may_forbid_sockets(self, ends, monkeypatch):
+        def forbid(*_args, **_kwargs):
+            raise RuntimeError("no network here")
+
+        def program(chunk):
+            monkeypatch.setattr(socket, "socket", forbid)
+            return chunk.upper()
+
+        try:
+            assert self.run(ends, program) == (1, b"CALL")
+        finally:
+            monkeypatch.undo()
+
+    def test_a_job_may_close_the_line(self, ends):
+        def program(chunk):
+            if chunk == b"second":
+                for fd in map(int, os.listdir("/proc/self/fd")):
+                    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+                        if sock.family == socket.AF_INET and sock.getpeername()[1] == ends.address[0]:
+                            os.close(fd)
+            return chunk.upper()
+
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(100):  # it waits for milliseconds only
+                running = pool.submit(self.run, ends, program)
+                ((line, _),) = hear(ends)
+                lines.give(line, b"second")
+                calls, answer = running.result(BOUND)
+                assert (calls, answer) in [(1, b"CALL"), (2, b"SECOND")]
+                if calls == 2:
+                    break
+                assert hear(ends) == [(line, None)]
+                ends.drop(line)
+        assert calls == 2
 
 
 # -- the lines themselves ---------------------------------------------------------------------------------------------

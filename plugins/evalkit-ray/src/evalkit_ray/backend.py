@@ -144,7 +144,7 @@ class RayBackend(ExecutorBackend):
         )
 
     def make_channel(self) -> SideChannel:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return RayChannel({"num_cpus": 0, "scheduling_strategy": here, **self._environment()})
 
     def _environment(self) -> dict[str, Any]:

@@ -37,11 +37,10 @@ from evalkit_ray.task import Delivery, run_chunk
 __all__ = ["RayExecutor"]
 
 _GONE = "Ray was shut down under this evaluator; create another one"
-_TOO_LATE = object()  # in place of an answer: the call came when the task was about to end
 _MISSED = (
     2.0  # seconds in which a kill that came too late may hit the next task in that worker; Ray does not prevent it
 )
-_TURNS = 1000  # of listening; others say something too
+_DRAIN = 1.0  # seconds, at most
 _LOOK = 5.0  # seconds between two looks whether Ray is still there: it says nothing when it is shut down
 
 
@@ -78,7 +77,7 @@ class RayExecutor(Executor):
         """Call ``fn(chunk)`` in a worker.
 
         Args:
-            fn: mostly the same; the last one is kept in the object store.
+            fn: takes and returns bytes; mostly the same, the last one is kept in the object store.
             args: the chunk, and nothing else.
 
         Raises:
@@ -86,9 +85,10 @@ class RayExecutor(Executor):
         """
         (chunk,) = args
         _check_connected()
-        if self._program is None or self._program.function is not fn:
-            self._program = _Program(fn)
-        call = _Call(self._program, chunk)
+        program = self._program
+        if program is None or program.function is not fn:
+            program = self._program = _Program(fn)
+        call = _Call(program, chunk)
         future: Future[Any] = call.future
         future.set_running_or_notify_cancel()
         with self._lock:
@@ -105,7 +105,7 @@ class RayExecutor(Executor):
 
     def _give(self, call: _Call) -> bool:
         """With the lock: give it to a task that waits for one; say whether there is one."""
-        fits = isinstance(call.chunk, bytes) and len(call.chunk) <= LONGEST
+        fits = len(call.chunk) <= LONGEST
         while self._idle:
             task, line = self._idle.popitem()
             if fits and task.program is call.program and give(line, call.chunk):
@@ -121,10 +121,8 @@ class RayExecutor(Executor):
         program = call.program
         task = call.task = _Task(next(self._numbers), call)
         ticket = (program.token, task.number, self._node, self._lines.address)
-        if delivering:
-            task.reference = self._remote.remote(ticket, call.chunk, program.reference)
-        else:
-            task.reference = self._remote.remote(ticket, call.chunk)
+        delivery = [program.reference] if delivering else []
+        task.reference = self._remote.remote(ticket, call.chunk, *delivery)
         self._tasks[task.number] = task
         task.reference.future().add_done_callback(partial(self._task_ended, task))
 
@@ -136,13 +134,15 @@ class RayExecutor(Executor):
     # -- in our thread --------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while not self._over:
-            heard = self._listen(_LOOK)
-            if not heard and not self._ended and not ray.is_initialized():
-                self._fail_all()
-            while self._ended:
-                self._conclude(*self._ended.popleft())
-        self._lines.close()
+        try:
+            while not self._over:
+                heard = self._listen(_LOOK)
+                if not heard and not self._ended and not ray.is_initialized():
+                    self._fail_all()
+                while self._ended:
+                    self._conclude(*self._ended.popleft())
+        finally:
+            self._lines.close()
 
     def _listen(self, timeout: float) -> bool:
         """Hear what tasks answer within so many seconds; say whether there was anything."""
@@ -180,16 +180,17 @@ class RayExecutor(Executor):
         """A task has ended, and so has the call that is still in it."""
         with self._lock:
             self._end(task)
-        for _ in range(_TURNS):
-            if not self._listen(0.0):  # on one machine, what it said last is here
-                break
+        exc = ended.exception()
+        if exc is not None:  # what it said last is here, on one machine; others may say something all the time
+            until = time.monotonic() + _DRAIN
+            while time.monotonic() < until and self._listen(0.0):
+                pass
         with self._lock:
             self._tasks.pop(task.number, None)
             if task.line is not None:
                 hang_up(task.line)  # a child of its worker may have it open
                 self._lines.drop(task.line)
             call, task.call = task.call, None
-        exc = ended.exception()
         if exc is None and task.killed:
             self._missed = time.monotonic()
         if call is None:
@@ -197,20 +198,17 @@ class RayExecutor(Executor):
         if isinstance(exc, WorkerCrashedError) and time.monotonic() - self._missed < _MISSED:
             self._missed = -math.inf
             exc = TaskCancelledError()
-        answer = None if exc is not None else ended.result()
-        if isinstance(answer, tuple):
-            count, last = answer
-            answer = last if count > task.answers else _TOO_LATE
-        if exc is None and (answer is None or answer is _TOO_LATE):
-            exc = self._start_again(task, call, delivering=answer is None)
+        report = None if exc is not None else ended.result()
+        if exc is None and (report is None or report[0] == task.answers):
+            exc = self._start_again(task, call, delivering=report is None)
             if exc is None:
                 return
         with self._lock:
             self._calls.pop(call.future, None)
-        if exc is None:
-            call.future.set_result(answer)
-        else:
+        if report is None:
             call.future.set_exception(exc)
+        else:
+            call.future.set_result(bytes(report[1]))
 
     def _start_again(self, task: _Task, call: _Call, *, delivering: bool) -> BaseException | None:
         """The worker has yet to be given the program, or the call came too late to it; return why it cannot be."""
@@ -228,6 +226,9 @@ class RayExecutor(Executor):
         """Nobody will ever tell what has become of these calls."""
         with self._lock:
             left = list(self._calls)
+            for call in self._calls.values():
+                if call.task is not None:
+                    call.task.call = None
             self._calls.clear()
             self._tasks.clear()
         for future in left:
@@ -298,7 +299,7 @@ class _Program:
 class _Call:
     __slots__ = ("chunk", "future", "program", "task")
 
-    def __init__(self, program: _Program, chunk: Any) -> None:
+    def __init__(self, program: _Program, chunk: bytes) -> None:
         self.program = program
         self.chunk = chunk
         self.future: Future[Any] = Future()

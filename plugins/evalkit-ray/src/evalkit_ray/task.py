@@ -5,23 +5,24 @@ importable.
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from socket import socket
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray
 
 from evalkit.backends import PeerAddress
 from evalkit_ray import lines
 
-__all__ = ["Delivery", "Served", "Ticket", "run_chunk"]
+__all__ = ["Delivery", "Report", "Ticket", "run_chunk"]
 
-#: What a task returns that has answered all its calls over its line: how many, and the last answer once more. It may
-#: not have come through, where the main program could not open the line.
-Served = tuple[int, bytes]
+#: What a task returns: how many calls it has taken, and the answer to the last one, whether or not that was sent over
+#: the line: it may not have come through, where the main program could not open the line.
+Report = tuple[int, bytes | pickle.PickleBuffer]
 
 #: Of a task: the token that names the program, the number of the task, the node of the main program, and the address of
 #: its lines there. A plain tuple, which Ray packs faster.
@@ -32,7 +33,8 @@ _SESSION = 0.25  # seconds after which a task ends, so that others get their tur
 _LINGER = 0.005  # seconds for which it waits for another call: others may be waiting for the worker
 _MAX_PROGRAMS = 4  # that a worker keeps; it may outlive evaluators by far
 
-_programs: OrderedDict[str, Callable[[Any], Any]] = OrderedDict()
+_Program = Callable[[bytes], bytes]
+_programs: OrderedDict[str, _Program] = OrderedDict()
 _node = ""  # on which this worker is, once it was asked
 
 
@@ -44,11 +46,11 @@ class Delivery(NamedTuple):
         path: where the main program imports from. Ray's workers know the folder of the script only.
     """
 
-    program: Callable[[Any], Any]
+    program: Callable[[bytes], bytes]
     path: list[str]
 
 
-def run_chunk(ticket: Ticket, chunk: Any, delivery: Delivery | None = None) -> Any:
+def run_chunk(ticket: Ticket, chunk: bytes, delivery: Delivery | None = None) -> Report | None:
     """Call a program with a chunk; on the node of the main program, and if it was short, do that with others after it.
 
     Args:
@@ -58,7 +60,6 @@ def run_chunk(ticket: Ticket, chunk: Any, delivery: Delivery | None = None) -> A
             half as dear again.
 
     Returns:
-        what the program returned, for the chunk that has not been answered over the line; ``Served`` if there is none;
         None if this worker has yet to be given the program, and has done nothing.
     """
     token, number, node, address = ticket
@@ -73,35 +74,35 @@ def run_chunk(ticket: Ticket, chunk: Any, delivery: Delivery | None = None) -> A
             _programs.popitem(last=False)
     start = time.monotonic()
     answer = _call(program, chunk)
-    if node != _own_node() or not _fits(answer, start):
-        return answer
-    line = lines.connect(address, number)
-    if line is None:
-        return answer
-    with line:
-        return _serve(program, line, answer, start + _SESSION)
+    calls = 1
+    line = lines.connect(address, number) if node == _own_node() and _fits(answer, start) else None
+    if line is not None:
+        try:
+            calls, answer = _serve(program, line, answer, start + _SESSION)
+        finally:
+            lines.leave(line)
+    # What is large is not to be copied into what Ray makes of the pair.
+    return calls, answer if len(answer) <= lines.LONGEST else pickle.PickleBuffer(answer)
 
 
-def _serve(program: Callable[[Any], Any], line: socket, answer: Any, until: float) -> Any:
+def _serve(program: _Program, line: socket, answer: bytes, until: float) -> tuple[int, bytes]:
     """Answer, and take what comes next, until nothing does."""
-    count, start = 0, time.monotonic()
-    while _fits(answer, start) and time.monotonic() < until:
-        if not lines.answer(line, answer):
-            break
-        count += 1
+    calls, start = 1, time.monotonic()
+    while _fits(answer, start) and time.monotonic() < until and lines.answer(line, answer):
         chunk = lines.receive(line, _LINGER)
         if chunk is None:
-            return count, answer
+            break
+        calls += 1
         start = time.monotonic()
         answer = _call(program, chunk)
-    return answer
+    return calls, answer
 
 
-def _fits(answer: Any, start: float) -> bool:
-    return isinstance(answer, bytes) and len(answer) <= lines.LONGEST and time.monotonic() - start < _SHORT
+def _fits(answer: bytes, start: float) -> bool:
+    return len(answer) <= lines.LONGEST and time.monotonic() - start < _SHORT
 
 
-def _call(program: Callable[[Any], Any], chunk: Any) -> Any:
+def _call(program: _Program, chunk: bytes) -> bytes:
     try:
         return program(chunk)
     finally:
