@@ -209,6 +209,19 @@ def test_a_ray_that_is_shut_down_under_an_evaluator_fails_its_jobs(tmp_path):
     evaluator.close()
 
 
+@pytest.mark.slow
+def test_jobs_that_come_after_the_end_of_ray_leave_none_behind(tmp_path):
+    """A call that cannot be sent makes an end of the executor, and what is still in that fails with it."""
+    evaluator = create(functions.Plain(functions.hold), num_workers=2)
+    jobs = evaluator.submit([{"started": str(tmp_path / "started"), "release": str(tmp_path / "never")}])
+    eventually((tmp_path / "started").exists, "the start of the first job")
+    ray.shutdown()
+    jobs += evaluator.submit([{"x": 1}])
+    assert sorted(in_background(evaluator.gather, "ALL").result(BOUND), key=jobs.index) == jobs
+    assert all("Ray was shut down under this evaluator" in str(job.error) for job in jobs)
+    evaluator.close()
+
+
 # -- what cannot be ---------------------------------------------------------------------------------------------------
 
 

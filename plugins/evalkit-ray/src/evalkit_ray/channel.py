@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -35,6 +35,7 @@ _SEND_TIMEOUT = 30.0  # seconds
 _ASK_INTERVAL = 0.2  # seconds between two looks of a worker for requests to stop
 _RESTART_PAUSE = 0.2  # seconds before the actor is asked again after it was lost
 _CLOSE_TIMEOUT = 2.0  # seconds
+_LOOK = 5.0  # seconds between two looks whether Ray is still there: it says nothing when it is shut down
 
 #: One life of the actor, and the number of the first message that was not received in it.
 _Position = tuple[str, int]
@@ -140,16 +141,21 @@ class RayChannel(SideChannel):
         if self._closed.is_set():
             return
         self._closed.set()
-        if ray.is_initialized():
-            with contextlib.suppress(Exception):  # Ray may be going away itself
-                ray.kill(self._actor)
+        if not ray.is_initialized():
+            return  # the thread will see
+        with contextlib.suppress(Exception):  # Ray may be going away itself
+            ray.kill(self._actor)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_TIMEOUT)
 
     def _serve(self) -> None:
         while not self._closed.is_set() and ray.is_initialized():
             try:
-                received, letters = self._actor.fetch.remote(self._received).future().result()
+                fetched = self._actor.fetch.remote(self._received).future()
+                while not wait([fetched], _LOOK).done:
+                    if self._closed.is_set() or not ray.is_initialized():
+                        return
+                received, letters = fetched.result()
             except Exception as exc:  # noqa: BLE001 - whatever it is, there is nothing to fetch for now
                 if self._closed.is_set():
                     return

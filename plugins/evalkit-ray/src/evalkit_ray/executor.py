@@ -143,6 +143,7 @@ class RayExecutor(Executor):
                     self._conclude(*self._ended.popleft())
         finally:
             self._lines.close()
+            self._fail_all()
 
     def _listen(self, timeout: float) -> bool:
         """Hear what tasks answer within so many seconds; say whether there was anything."""
@@ -231,8 +232,9 @@ class RayExecutor(Executor):
                     call.task.call = None
             self._calls.clear()
             self._tasks.clear()
+        reason = "the executor was shut down" if ray.is_initialized() else _GONE
         for future in left:
-            future.set_exception(RuntimeError(_GONE))
+            future.set_exception(RuntimeError(reason))
 
     # -- its end --------------------------------------------------------------------------------------------------
 
