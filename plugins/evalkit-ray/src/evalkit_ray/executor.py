@@ -37,10 +37,8 @@ from evalkit_ray.task import Delivery, run_chunk
 __all__ = ["RayExecutor"]
 
 _GONE = "Ray was shut down under this evaluator; create another one"
-_MISSED = (
-    2.0  # seconds in which a kill that came too late may hit the next task in that worker; Ray does not prevent it
-)
-_DRAIN = 1.0  # seconds, at most
+_MISSED = 2.0  # seconds in which a kill that came too late may hit the next task in that worker
+_DRAIN = 1.0  # seconds, at most, for the last words of a task that died
 _LOOK = 5.0  # seconds between two looks whether Ray is still there: it says nothing when it is shut down
 
 
@@ -142,6 +140,8 @@ class RayExecutor(Executor):
                 while self._ended:
                     self._conclude(*self._ended.popleft())
         finally:
+            with self._lock:
+                self._shut = True
             self._lines.close()
             self._fail_all()
 
@@ -198,7 +198,7 @@ class RayExecutor(Executor):
             return
         if isinstance(exc, WorkerCrashedError) and time.monotonic() - self._missed < _MISSED:
             self._missed = -math.inf
-            exc = TaskCancelledError()
+            exc = TaskCancelledError()  # Ray has killed the wrong one, as it may
         report = None if exc is not None else ended.result()
         if exc is None and (report is None or report[0] == task.answers):
             exc = self._start_again(task, call, delivering=report is None)

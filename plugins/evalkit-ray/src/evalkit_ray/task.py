@@ -60,7 +60,7 @@ def run_chunk(ticket: Ticket, chunk: bytes, delivery: Delivery | None = None) ->
             half as dear again.
 
     Returns:
-        None if this worker has yet to be given the program, and has done nothing.
+        what it has done; None if that is nothing, since this worker has yet to be given the program.
     """
     token, number, node, address = ticket
     program = _programs.get(token)
