@@ -216,6 +216,14 @@ def _runs(pid):
         return False
 
 
+def test_whatever_ray_says_when_it_was_shut_down_it_is_that(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    fault = RayBackend(1).blame(ray.exceptions.WorkerCrashedError())
+    assert (fault.reach, fault.cause) == (Reach.CALL, JobCause.LOST)
+    assert "Ray was shut down under this evaluator" in fault.error.message
+
+
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
     ("exc", "cause"),
     [

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from evalkit import ErrorInfo, JobCause
 from evalkit.backends import Capabilities, Emit, ExecutorBackend, Fault, Reach, RunFunction, SideChannel
 from evalkit_ray.channel import RayChannel
-from evalkit_ray.executor import RayExecutor
+from evalkit_ray.executor import GONE, RayExecutor
 from evalkit_ray.nodes import check_demand
 from evalkit_ray.session import Session, SessionSettings, join
 
@@ -157,6 +157,8 @@ class RayBackend(ExecutorBackend):
 
     def blame(self, exc: BaseException) -> Fault:
         kind = type(exc).__name__
+        if not ray.is_initialized():  # whatever it says
+            return Fault(Reach.CALL, JobCause.LOST, ErrorInfo("RuntimeError", GONE))
         if isinstance(exc, WorkerCrashedError):
             error = ErrorInfo("WorkerDied", "the worker process of Ray that it ran in died")
             return Fault(Reach.CALL, JobCause.CRASH, error)

@@ -34,9 +34,10 @@ from evalkit.backends import Peer, Peers
 from evalkit_ray.lines import LONGEST, give, hang_up
 from evalkit_ray.task import Delivery, run_chunk
 
-__all__ = ["RayExecutor"]
+__all__ = ["GONE", "RayExecutor"]
 
-_GONE = "Ray was shut down under this evaluator; create another one"
+#: Of the error of jobs.
+GONE = "Ray was shut down under this evaluator; create another one"
 _MISSED = 2.0  # seconds in which a kill that came too late may hit the next task in that worker
 _DRAIN = 1.0  # seconds, at most, for the last words of a task that died
 _LOOK = 5.0  # seconds between two looks whether Ray is still there: it says nothing when it is shut down
@@ -232,7 +233,7 @@ class RayExecutor(Executor):
                     call.task.call = None
             self._calls.clear()
             self._tasks.clear()
-        reason = "the executor was shut down" if ray.is_initialized() else _GONE
+        reason = "the executor was shut down" if ray.is_initialized() else GONE
         for future in left:
             future.set_exception(RuntimeError(reason))
 
@@ -286,7 +287,7 @@ class RayExecutor(Executor):
 def _check_connected() -> None:
     """Raise ``RuntimeError`` if Ray would have to connect itself, to whatever it finds."""
     if not ray.is_initialized():
-        raise RuntimeError(_GONE)
+        raise RuntimeError(GONE)
 
 
 class _Program:
