@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -43,6 +44,21 @@ class Nodes:
         self.workers = [self.cluster.add_node(num_cpus=2, include_dashboard=False) for _ in range(2)]
         self.cluster.wait_for_nodes()
 
+    def check_actor(self):
+        """What jobs say goes through an actor on the node of this program, with which all would end anyway."""
+        (raylet,) = self.cluster.head_node.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
+        eventually(self._parents, "the start of the actor")
+        assert self._parents() == {raylet.process.pid}
+
+    def _parents(self):
+        """The raylets of actors."""
+        parents = set()
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "Postbox" in child.name():
+                    parents.add(child.ppid())
+        return parents
+
     def close(self):
         ray.shutdown()
         self.cluster.shutdown()
@@ -71,6 +87,7 @@ def test_nothing_is_lost_with_a_node(nodes, tmp_path):
             eventually(lambda: {name.rpartition(".")[2] for name in os.listdir(tmp_path)} == {gone, stays}, "both")
             on_it = {name.rpartition(".")[0] for name in os.listdir(tmp_path) if name.endswith(gone)}
             eventually(lambda: all(job.is_running for job in jobs if job.id in on_it), "the start of the jobs")
+            nodes.check_actor()
             nodes.cluster.remove_node(nodes.workers[0])
             (tmp_path / "go").touch()
         assert gathered.result() == jobs
@@ -82,24 +99,7 @@ def test_nothing_is_lost_with_a_node(nodes, tmp_path):
         jobs = evaluator.submit([{"x": x} for x in range(3000)])
         assert in_background(evaluator.gather, "ALL").result(2 * BOUND) == jobs
         assert [job.output for job in jobs] == list(range(3000)), "what is left of the cluster is used"
-
-
-@pytest.mark.slow
-def test_what_jobs_say_does_not_depend_on_other_nodes(nodes):
-    """The actor of the side channel is on the node of this program, with which all would end anyway."""
-    (raylet,) = nodes.cluster.head_node.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
-
-    def actors():
-        children = psutil.Process().children(recursive=True)
-        return [child.ppid() for child in children if child.is_running() and "Postbox" in child.name()]
-
-    for _ in range(6):
-        with Evaluator.create(tiny, "ray", {"num_workers": 2, "address": nodes.cluster.address}) as evaluator:
-            evaluator.submit([{"x": 1}])
-            evaluator.gather("ALL")
-            eventually(actors, "the start of the actor")
-            assert set(actors()) == {raylet.process.pid}
-        eventually(lambda: not actors(), "the end of the actor")
+        nodes.check_actor()
 
 
 @pytest.mark.slow
@@ -109,6 +109,7 @@ def test_nothing_of_many_tiny_jobs_is_lost_with_a_node(nodes):
     with Evaluator.create(tiny, "ray", settings) as evaluator:
         jobs = evaluator.submit([{"x": x} for x in range(30_000)])
         done = [*evaluator.gather("BATCH", 2000)]
+        nodes.check_actor()
         nodes.cluster.remove_node(nodes.workers[1], allow_graceful=False)
         done += in_background(evaluator.gather, "ALL").result(2 * BOUND)
         assert sorted(job.args["x"] for job in done) == list(range(30_000))

@@ -167,7 +167,7 @@ class TestLines:
         """
         executor = RayExecutor({"num_cpus": 1, "max_retries": 0})
         try:
-            for number in range(30):
+            for number in range(15):
                 future = executor.submit(bytes.upper, b"first")
                 if number % 2:
                     time.sleep(0.001 * (number % 5))
