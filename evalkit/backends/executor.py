@@ -176,6 +176,7 @@ class ExecutorBackend(Backend):
 
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self._emit = emit
+        self._pid = os.getpid()
         self._unfit: ErrorInfo | None = None
         self._channel = self.make_channel()
         # Without a way to tell what has ended, and to give back what waits, one slow job would keep its mates.
@@ -275,8 +276,8 @@ class ExecutorBackend(Backend):
         self._release()
 
     def _stop_at_exit(self) -> None:
-        """The program ends without a close."""
-        if not self._stopping:
+        """The program ends without a close; a fork of it leaves alone what is its parent's."""
+        if not self._stopping and os.getpid() == self._pid:
             self.stop(_EXIT_GRACE)
 
     def _release(self) -> None:

@@ -36,8 +36,8 @@ class LoopbackChannel(SideChannel):
     """The side channel to worker processes of this machine."""
 
     def __init__(self) -> None:
-        self._ends = Peers()
-        self.client = _LoopbackClient(self._ends.address)
+        self._peers = Peers()
+        self.client = _LoopbackClient(self._peers.address)
         self._workers: set[Peer] = set()
         self._commands: deque[Callable[[], None]] = deque()
         self._stops: dict[int, None] = {}  # that workers which connect later have to hear of
@@ -62,16 +62,16 @@ class LoopbackChannel(SideChannel):
 
     def close(self) -> None:
         self._closed = True
-        self._ends.wake()
+        self._peers.wake()
         if not self._thread.is_alive():
-            self._ends.close()
+            self._peers.close()
         elif threading.current_thread() is not self._thread:
             self._thread.join(5.0)
 
     def _do(self, command: Callable[[], object]) -> None:
         """Have the thread of the channel do something."""
         self._commands.append(command)  # type: ignore[arg-type]
-        self._ends.wake()
+        self._peers.wake()
 
     # -- in the thread of the channel -----------------------------------------------------------------------------
 
@@ -85,19 +85,19 @@ class LoopbackChannel(SideChannel):
             _log.exception("the side channel failed; what jobs say comes with their results")
         finally:
             self._closed = True
-            self._ends.close()
+            self._peers.close()
 
     def _turn(self, timeout: float | None) -> bool:
         """Handle what there is; say whether there was anything but a command."""
-        heard = self._ends.turn(timeout)
+        heard = self._peers.turn(timeout)
         for peer, messages in heard or ():
             if messages is None:
                 self._workers.discard(peer)
-                self._ends.drop(peer)
+                self._peers.drop(peer)
                 continue
             if peer not in self._workers:
                 self._workers.add(peer)
-                self._ends.send(peer, b"".join(map(_RUN.pack, self._stops)))
+                self._peers.send(peer, b"".join(map(_RUN.pack, self._stops)))
             for message in messages:
                 self._receive(message)
         return heard is not None
@@ -105,12 +105,13 @@ class LoopbackChannel(SideChannel):
     def _tell_all(self, run: int) -> None:
         self._stops[run] = None
         for peer in self._workers:
-            self._ends.send(peer, _RUN.pack(run))
+            self._peers.send(peer, _RUN.pack(run))
 
     def _read_all(self, until: float, drained: threading.Event) -> None:
         # On one machine, what was sent is here. A worker that never pauses must not keep us.
-        while time.monotonic() < until and self._turn(0.0):
-            pass
+        for _ in range(1000):
+            if self._closed or time.monotonic() > until or not self._turn(0.0):
+                break
         drained.set()
 
 

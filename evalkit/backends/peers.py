@@ -16,6 +16,7 @@ import secrets
 import selectors
 import socket
 import struct
+import threading
 import time
 
 __all__ = ["Peer", "PeerAddress", "Peers", "connect_peer", "frame"]
@@ -75,6 +76,7 @@ class Peers:
         self._listener.setblocking(False)
         self.address: PeerAddress = (self._listener.getsockname()[1], self._token)
         self._woken, self._wake = socket.socketpair()
+        self._waking = threading.RLock()  # or what is sent to wake might go to whoever has that descriptor next
         self._woken.setblocking(False)
         self._wake.setblocking(False)
         self._selector = selectors.DefaultSelector()
@@ -85,7 +87,7 @@ class Peers:
 
     def wake(self) -> None:
         """End the turn, or the next one; from any thread."""
-        with contextlib.suppress(OSError):  # it is about to end, or they are closed
+        with self._waking, contextlib.suppress(OSError):  # it is about to end, or they are closed
             self._wake.send(b"\0")
 
     def turn(self, timeout: float | None) -> list[tuple[Peer, list[bytes] | None]] | None:
@@ -95,8 +97,8 @@ class Peers:
             timeout: seconds; None for no limit.
 
         Returns:
-            of each that was heard, its messages, maybe none at its first word; None of those that have gone, which are
-            to be dropped. None if nothing has happened at all, but for a :meth:`wake`.
+            of each that was heard, the messages that are whole by now, maybe none; None of those that have gone, which
+            are to be dropped. None if nothing has happened at all, but for a :meth:`wake`.
         """
         heard: list[tuple[Peer, list[bytes] | None]] = []
         something = False
@@ -105,10 +107,10 @@ class Peers:
                 with contextlib.suppress(BlockingIOError):
                     self._woken.recv(4096)
                 continue
-            something = True
             if key.fileobj is self._listener:
-                self._accept()
+                something |= self._accept()
                 continue
+            something = True
             peer: Peer = key.data
             if mask & selectors.EVENT_WRITE:
                 self._write(peer)
@@ -119,10 +121,10 @@ class Peers:
                 if peer.number is not None:
                     heard.append((peer, messages))
             except OSError:  # it has gone, or is nobody we know
+                self._forget(peer)
                 if peer.number is None:
-                    self.drop(peer)
+                    peer.sock.close()
                 else:
-                    self._selector.unregister(peer.sock)
                     heard.append((peer, None))
         return heard if something else None
 
@@ -134,29 +136,35 @@ class Peers:
 
     def drop(self, peer: Peer) -> None:
         """Close the connection to a peer, if it is open."""
-        if self._all.pop(peer.sock, None) is not None:
-            with contextlib.suppress(KeyError):  # it has gone
-                self._selector.unregister(peer.sock)
-            peer.sock.close()
+        if peer.sock in self._all:
+            self._forget(peer)
+        peer.sock.close()
 
     def close(self) -> None:
         for peer in list(self._all.values()):
             self.drop(peer)
         self._selector.close()
-        for sock in (self._listener, self._woken, self._wake):
-            sock.close()
+        self._listener.close()
+        with self._waking:
+            self._woken.close()
+            self._wake.close()
 
-    def _accept(self) -> None:
+    def _forget(self, peer: Peer) -> None:
+        del self._all[peer.sock]
+        self._selector.unregister(peer.sock)
+
+    def _accept(self) -> bool:
         try:
             sock, _ = self._listener.accept()
         except OSError:  # it has gone again, or there are no descriptors left
             time.sleep(_PAUSE)
-            return
+            return False
         sock.setblocking(False)
         with contextlib.suppress(OSError):  # it has gone again
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = self._all[sock] = Peer(sock)
         self._selector.register(sock, selectors.EVENT_READ, peer)
+        return True
 
     def _write(self, peer: Peer) -> None:
         try:

@@ -412,6 +412,48 @@ def test_a_program_that_ends_without_close_does_not_wait_for_its_jobs(tmp_path: 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_fork_of_the_program_that_ends_leaves_the_evaluator_of_its_parent_alone(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+            import os, pathlib, sys, time
+            from concurrent.futures import ProcessPoolExecutor
+            from multiprocessing import get_context
+            from evalkit import Evaluator
+            from evalkit.backends import Capabilities, ExecutorBackend
+
+            class Pool(ExecutorBackend):
+                capabilities = Capabilities(isolates_crashes=True, by_value=True, streams=True)
+
+                def make_executor(self):
+                    return ProcessPoolExecutor(self.num_workers, mp_context=get_context("spawn"))
+
+            def run(job):
+                job.record(heard=True)
+                while not pathlib.Path(job["go"]).exists():
+                    time.sleep(0.01)
+
+            if __name__ == "__main__":
+                with Evaluator(run, Pool(1)) as evaluator:
+                    for go in (sys.argv[1] + ".1", sys.argv[1] + ".2"):
+                        (job,) = evaluator.submit([{"go": go}])
+                        while not job.records:
+                            time.sleep(0.01)
+                        pathlib.Path(go).touch()
+                        evaluator.gather("ALL")
+                        child = os.fork()
+                        if not child:
+                            sys.exit(7)
+                        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+                print("heard")
+        """)
+    )
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path / "go")], capture_output=True, text=True, timeout=BOUND, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
 def test_two_backends_in_one_process_do_not_hear_of_each_other(files: Files) -> None:
     heed = functions.Plain(functions.heed)
     with Evaluator(heed, Threads(1), grace=BOUND) as one, Evaluator(heed, Threads(1), grace=BOUND) as other:

@@ -147,9 +147,28 @@ class TestLines:
         assert {job.output for job in jobs} == {1}
         assert runs(path) == list(range(30))
 
+    @pytest.mark.parametrize("killed", [False, True])
+    def test_a_call_that_comes_too_late_never_has_the_answer_of_the_one_before(self, monkeypatch, killed):
+        taken = []
+        executor = RayExecutor({"num_cpus": 1})
+        try:
+            with monkeypatch.context() as patch:
+                # As if the task had stopped listening in this moment.
+                patch.setattr(executor_module, "give", lambda line, call: taken.append(call) is None)
+                while not taken:
+                    assert executor.submit(bytes.upper, b"first").result(BOUND) == b"FIRST"
+                    late = executor.submit(bytes.upper, b"second")
+                    if killed and taken:
+                        executor.kill(late)
+                    with contextlib.suppress(ray.exceptions.TaskCancelledError):
+                        assert late.result(BOUND) == b"SECOND"
+                        assert not (killed and taken)
+        finally:
+            executor.end(BOUND, kill=True)
+
     def test_a_call_that_was_given_up_is_not_answered_later(self, tmp_path, monkeypatch):
         """Ray seems to be gone, and then a task ends all the same: those that follow are served."""
-        executor = RayExecutor({"num_cpus": 1, "max_retries": 0})
+        executor = RayExecutor({"num_cpus": 1})
         try:
             with monkeypatch.context() as patch:
                 future = executor.submit(os.listdir, str(tmp_path / "never").encode())  # raises, later
@@ -165,7 +184,7 @@ class TestLines:
         """A task that is to be ended takes no more calls, whatever it still answers. If Ray hits another task that came
         into the worker meanwhile, that call is lost, and not to blame.
         """
-        executor = RayExecutor({"num_cpus": 1, "max_retries": 0})
+        executor = RayExecutor({"num_cpus": 1})
         try:
             for number in range(15):
                 future = executor.submit(bytes.upper, b"first")
@@ -260,6 +279,8 @@ def test_messages_go_both_ways(ends):
         assert hear(ends) == [(line, [bytes(lines.LONGEST)])]
         assert lines.receive(sock, 0.001) is None
     assert hear(ends) == [(line, None)]
+    assert not lines.give(line, b"late")
+    ends.drop(line)
     assert not lines.give(line, b"late")
 
 

@@ -97,7 +97,7 @@ def test_an_address_is_used_and_its_cluster_outlives_the_evaluators():
         program = """
             import os, sys
             import ray
-            from evalkit import Evaluator, JobCause
+            from evalkit import Evaluator
             from evalkit.testing import functions
 
             with Evaluator.create(functions.echo, "ray", {"num_workers": 1, %s}) as evaluator:
@@ -118,7 +118,7 @@ def test_an_address_is_used_and_its_cluster_outlives_the_evaluators():
 def test_a_ray_of_the_users_own_is_used_and_left_alone():
     program = """
         import ray
-        from evalkit import Evaluator, JobCause
+        from evalkit import Evaluator
         from evalkit.testing import functions
 
         ray.init("local", num_cpus=1, include_dashboard=False, resources={"licence": 2})
@@ -150,7 +150,7 @@ def test_a_program_that_is_ended_leaves_no_process(number, tmp_path):
     program = """
         import time
         import ray
-        from evalkit import Evaluator, JobCause
+        from evalkit import Evaluator
 
         def run(job):
             time.sleep(1000)
@@ -181,7 +181,7 @@ def test_a_fork_of_the_program_does_not_hold_up_the_end():
         """
         import os, time
         import ray
-        from evalkit import Evaluator, JobCause
+        from evalkit import Evaluator
 
         evaluator = Evaluator.create(lambda job: 1, "ray", {"num_workers": 1})
         folder = ray.get_runtime_context().get_temp_dir()

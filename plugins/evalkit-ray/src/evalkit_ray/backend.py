@@ -138,7 +138,6 @@ class RayBackend(ExecutorBackend):
                 "num_cpus": self._demand["CPU"],
                 "num_gpus": self._demand["GPU"],
                 "resources": self._resources or None,
-                "max_retries": 0,  # running again is evalkit's, which knows what had ended
                 **self._environment(),
             }
         )

@@ -51,12 +51,13 @@ class RayExecutor(Executor):
     Whatever becomes of the task becomes of the call that is in it.
 
     Args:
-        options: of the tasks, as ``ray.remote`` takes them.
+        options: of the tasks, as ``ray.remote`` takes them. Ray never runs one again: that is for evalkit, which knows
+            what had ended.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         _check_connected()
-        self._remote = ray.remote(**options)(run_chunk)
+        self._remote = ray.remote(**{**options, "max_retries": 0})(run_chunk)
         self._node = ray.get_runtime_context().get_node_id()
         self._program: _Program | None = None
         self._lock = threading.Lock()
@@ -155,7 +156,7 @@ class RayExecutor(Executor):
                 if answers is None:
                     self._lines.drop(line)
                     if task is not None:
-                        self._end(task)
+                        self._retire(task)
             for answer in answers or ():
                 if task is not None:
                     self._answered(task, line, answer)
@@ -168,20 +169,20 @@ class RayExecutor(Executor):
             call, task.call = task.call, None
             if call is None:
                 return
-            if not task.ending:
+            if not task.retired:
                 self._idle[task] = line
             self._calls.pop(call.future, None)
         call.future.set_result(answer)
 
-    def _end(self, task: _Task) -> None:
+    def _retire(self, task: _Task) -> None:
         """With the lock: it takes no more calls."""
-        task.ending = True
+        task.retired = True
         self._idle.pop(task, None)
 
     def _conclude(self, task: _Task, ended: Future[Any]) -> None:
         """A task has ended, and so has the call that is still in it."""
         with self._lock:
-            self._end(task)
+            self._retire(task)
         exc = ended.exception()
         if exc is not None:  # what it said last is here, on one machine; others may say something all the time
             until = time.monotonic() + _DRAIN
@@ -200,17 +201,21 @@ class RayExecutor(Executor):
         if isinstance(exc, WorkerCrashedError) and time.monotonic() - self._missed < _MISSED:
             self._missed = -math.inf
             exc = TaskCancelledError()  # Ray has killed the wrong one, as it may
-        report = None if exc is not None else ended.result()
-        if exc is None and (report is None or report[0] == task.answers):
-            exc = self._start_again(task, call, delivering=report is None)
-            if exc is None:
-                return
+        answer: bytes | None = None
+        if exc is None:
+            report = ended.result()
+            if report is None or report[0] == task.answers:
+                exc = self._start_again(task, call, delivering=report is None)
+                if exc is None:
+                    return
+            else:
+                answer = bytes(report[1])
         with self._lock:
             self._calls.pop(call.future, None)
-        if report is None:
-            call.future.set_exception(exc)
+        if exc is None:
+            call.future.set_result(answer)
         else:
-            call.future.set_result(bytes(report[1]))
+            call.future.set_exception(exc)
 
     def _start_again(self, task: _Task, call: _Call, *, delivering: bool) -> BaseException | None:
         """The worker has yet to be given the program, or the call came too late to it; return why it cannot be."""
@@ -248,7 +253,7 @@ class RayExecutor(Executor):
             task = call.task
             if task is not None:
                 task.killed = True
-                self._end(task)
+                self._retire(task)
                 if ray.is_initialized():  # else it ends at the next look
                     ray.cancel(task.reference, force=True)
         return True
@@ -312,7 +317,7 @@ class _Call:
 class _Task:
     """A task of Ray, and the call that is in it."""
 
-    __slots__ = ("answers", "call", "ending", "killed", "line", "number", "program", "reference")
+    __slots__ = ("answers", "call", "killed", "line", "number", "program", "reference", "retired")
 
     def __init__(self, number: int, call: _Call) -> None:
         self.number = number
@@ -321,5 +326,5 @@ class _Task:
         self.line: Peer | None = None
         self.answers = 0  # that came over it
         self.reference: Any = None
-        self.ending = False  # it takes no more calls
+        self.retired = False  # it takes no more calls
         self.killed = False
