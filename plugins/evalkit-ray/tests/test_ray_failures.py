@@ -36,6 +36,16 @@ def tiny(job):
     return job["x"]
 
 
+def actors():
+    """The processes of the actors of side channels, each with its raylet."""
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "Postbox" in child.name() and child.status() != psutil.STATUS_ZOMBIE:
+                found[child.pid] = child.ppid()
+    return found
+
+
 class Nodes:
     """A cluster of three nodes on this machine: the one of this program, which runs no jobs, and two others."""
 
@@ -47,17 +57,8 @@ class Nodes:
     def check_actor(self):
         """What jobs say goes through an actor on the node of this program, with which all would end anyway."""
         (raylet,) = self.cluster.head_node.all_processes[ray_constants.PROCESS_TYPE_RAYLET]
-        eventually(self._parents, "the start of the actor")
-        assert self._parents() == {raylet.process.pid}
-
-    def _parents(self):
-        """The raylets of actors."""
-        parents = set()
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "Postbox" in child.name():
-                    parents.add(child.ppid())
-        return parents
+        eventually(actors, "the start of the actor")
+        assert set(actors().values()) == {raylet.process.pid}
 
     def close(self):
         ray.shutdown()
@@ -169,7 +170,10 @@ class TestLocal:
             (job,) = evaluator.submit([{"go": str(go)}])
             eventually(lambda: job.records, "the first record")
             (name,) = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+            before = actors()
             ray.kill(ray.get_actor(name, namespace="evalkit"), no_restart=False)
+            # What it is told while it is about to die, it takes along.
+            eventually(lambda: not actors().keys() & before.keys(), "the end of the actor")
             go.touch()
             eventually(lambda: len(job.records) == 2, "the second record")
             job.cancel()
