@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import weakref
@@ -75,13 +76,13 @@ def before_executors_wait(stop: Callable[[], None]) -> None:
 
     They wait in a function that they register with ``threading`` when they are made, or at their first submit, and of
     these the last that was registered is called first: earlier than anything that ``atexit`` calls. The object of the
-    method is not kept alive.
+    method is not kept alive. In a fork of the program it is not called: what it would end is the parent's.
     """
-    reference = weakref.WeakMethod(stop)
+    reference, pid = weakref.WeakMethod(stop), os.getpid()
 
     def call() -> None:
         method = reference()
-        if method is not None:
+        if method is not None and os.getpid() == pid:
             method()
 
     with contextlib.suppress(RuntimeError):  # the program is ending

@@ -373,23 +373,27 @@ def test_an_engine_that_cannot_start_again_fails_its_jobs() -> None:
 
 # -- surroundings -----------------------------------------------------------------------------------------------------
 
+#: How a program begins that has a backend of its own.
+_POOL = """
+import os, pathlib, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from evalkit import Evaluator
+from evalkit.backends import Capabilities, ExecutorBackend
+
+class Pool(ExecutorBackend):
+    capabilities = Capabilities(isolates_crashes=True, by_value=True, streams=True)
+
+    def make_executor(self):
+        return ProcessPoolExecutor(self.num_workers, mp_context=get_context("spawn"))
+"""
+
 
 def test_a_program_that_ends_without_close_does_not_wait_for_its_jobs(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        textwrap.dedent("""
-            import pathlib, sys, time
-            from concurrent.futures import ProcessPoolExecutor
-            from multiprocessing import get_context
-            from evalkit import Evaluator
-            from evalkit.backends import Capabilities, ExecutorBackend
-
-            class Pool(ExecutorBackend):
-                capabilities = Capabilities(isolates_crashes=True, by_value=True, streams=True)
-
-                def make_executor(self):
-                    return ProcessPoolExecutor(self.num_workers, mp_context=get_context("spawn"))
-
+        _POOL
+        + textwrap.dedent("""
             def run(job):
                 pathlib.Path(job["started"]).touch()
                 while not job.stopped():
@@ -415,19 +419,8 @@ def test_a_program_that_ends_without_close_does_not_wait_for_its_jobs(tmp_path: 
 def test_a_fork_of_the_program_that_ends_leaves_the_evaluator_of_its_parent_alone(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        textwrap.dedent("""
-            import os, pathlib, sys, time
-            from concurrent.futures import ProcessPoolExecutor
-            from multiprocessing import get_context
-            from evalkit import Evaluator
-            from evalkit.backends import Capabilities, ExecutorBackend
-
-            class Pool(ExecutorBackend):
-                capabilities = Capabilities(isolates_crashes=True, by_value=True, streams=True)
-
-                def make_executor(self):
-                    return ProcessPoolExecutor(self.num_workers, mp_context=get_context("spawn"))
-
+        _POOL
+        + textwrap.dedent("""
             def run(job):
                 job.record(heard=True)
                 while not pathlib.Path(job["go"]).exists():
