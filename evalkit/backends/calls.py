@@ -26,9 +26,9 @@ def pack_call(run_function: RunFunction, job: RunningJob) -> bytes:
     Raises:
         SerializationError: one of them does not pickle; names the attribute that is to blame.
     """
-    function = dumps(run_function, "run_function", function=True, in_band=True)[0]
-    args = dumps(job.parameters, "args", in_band=True)[0]
-    return dumps((function, args, job.id, job.attempt, job.resources), "call", in_band=True)[0]
+    function = dumps(run_function, "run_function", function=True)
+    args = dumps(job.parameters, "args")
+    return dumps((function, args, job.id, job.attempt, job.resources), "call")
 
 
 def run_call(call: bytes, channel: Channel | None = None) -> bytes:
@@ -55,10 +55,10 @@ def run_call(call: bytes, channel: Channel | None = None) -> bytes:
         with visible(resources):
             end = event_of(job_id, Meter().run(_plain(function), job), worker)
     try:
-        return dumps((collector.said, end), "output", in_band=True)[0]
+        return dumps((collector.said, end), "output")
     except SerializationError as exc:
         error = explain(end.output if isinstance(end, Done) else None, "output", exc.__cause__ or exc)
-        return dumps(([], failed(job_id, error, end.measured, worker)), "output", in_band=True)[0]
+        return dumps(([], failed(job_id, error, end.measured, worker)), "output")
 
 
 def read_answer(answer: bytes, job: RunningJob, say_where: Callable[[RunningJob, str, int], None] | None = None) -> Any:

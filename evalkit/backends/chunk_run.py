@@ -28,7 +28,7 @@ from evalkit.backends.chunk_wire import PLAIN, Entries, Kind, Message, Outcome, 
 from evalkit.backends.events import Measured, WorkerIdentity
 from evalkit.backends.execution import describe, take_all, visible
 from evalkit.backends.meter import Meter, Ran
-from evalkit.backends.serialization import Packer, dumps, explain, loads
+from evalkit.backends.serialization import dumps, explain, loads
 from evalkit.backends.side_channel import SideChannelClient
 from evalkit.errors import SerializationError
 from evalkit.job import ErrorInfo
@@ -141,7 +141,6 @@ class ChunkRun:
         self._waiting = deque(zip(*entries, strict=True))
         self._ended: deque[Saying] = deque()
         self._held_bytes = 0
-        self._packer = Packer("output", in_band=True)
         self._client = place.client
         self._sending = threading.Lock()
         self._messages = 0
@@ -211,7 +210,7 @@ class ChunkRun:
         if error is not None:
             return (Kind.FAILED, index, error, measured)
         try:
-            packed = Packed(self._packer.pack(output)[0])
+            packed = Packed(dumps(output, "output"))
         except SerializationError as exc:
             return (Kind.FAILED, index, describe(explain(output, "output", exc.__cause__ or exc)), measured)
         self._held_bytes += len(packed)
@@ -237,7 +236,7 @@ class ChunkRun:
         if job_id != self._job_id:
             return
         same_memory = self._place.same_memory
-        packed = values if same_memory else Packed(dumps(values, "recorded values", in_band=True)[0])
+        packed = values if same_memory else Packed(dumps(values, "recorded values"))
         self._say((Kind.RECORDED, index, packed))
 
     def stop_requested(self, job_id: str) -> bool:

@@ -18,7 +18,7 @@ from evalkit.backends.base import Task
 from evalkit.backends.done_batch import DoneBatch
 from evalkit.backends.events import Done, Event, Failed, Progress, Recorded, Started, WorkerIdentity
 from evalkit.backends.execution import failed, recorded
-from evalkit.backends.serialization import Packer, loads
+from evalkit.backends.serialization import dumps, loads
 from evalkit.errors import SerializationError
 from evalkit.job import JobCause
 from evalkit.metadata import MeasuredRuns
@@ -145,7 +145,6 @@ def _in_columns(sayings: Sequence[Saying] | Ends) -> Sequence[Saying] | Ends:
     return Ends(indices, outputs, runs)
 
 
-_packer = Packer("args", in_band=True)  # in band, so it keeps nothing and threads may share it
 _id, _attempt, _args = attrgetter("id"), attrgetter("attempt"), attrgetter("args")
 
 
@@ -170,7 +169,7 @@ def pack_tasks(
             args = own_copy(args)
         elif not PLAIN.issuperset(map(type, args.values())):
             try:
-                args = Packed(_packer.pack(args)[0])
+                args = Packed(dumps(args, "args"))
             except SerializationError as exc:
                 bad.append((task, exc))
                 continue

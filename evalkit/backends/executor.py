@@ -176,7 +176,6 @@ class ExecutorBackend(Backend):
 
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self._emit = emit
-        self._pid = os.getpid()
         self._unfit: ErrorInfo | None = None
         self._channel = self.make_channel()
         # Without a way to tell what has ended, and to give back what waits, one slow job would keep its mates.
@@ -202,12 +201,12 @@ class ExecutorBackend(Backend):
         pickles = []
         for value, name_of_value in ((run_function, "run_function"), (self._worker_init, "worker_init")):
             try:
-                pickles.append(dumps(value, name_of_value, function=True)[0])
+                pickles.append(dumps(value, name_of_value, function=True))
             except SerializationError as exc:
                 self._unfit = describe(exc)  # the jobs fail with this, one by one; a failed job is a result
                 pickles.append(b"")
         setup = Setup(pickles[0], pickles[1], self.worker_name, client, self._hold, prompt)
-        return Program(dumps(setup, "setup", in_band=True)[0])
+        return Program(dumps(setup, "setup"))
 
     @property
     def executor(self) -> Executor | None:
@@ -276,8 +275,8 @@ class ExecutorBackend(Backend):
         self._release()
 
     def _stop_at_exit(self) -> None:
-        """The program ends without a close; a fork of it leaves alone what is its parent's."""
-        if not self._stopping and os.getpid() == self._pid:
+        """The program ends without a close."""
+        if not self._stopping:
             self.stop(_EXIT_GRACE)
 
     def _release(self) -> None:

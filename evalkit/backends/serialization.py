@@ -1,7 +1,8 @@
 """How functions, arguments and outputs travel to another process, and what to say when they cannot.
 
 By reference where the receiving side can import it, by value (cloudpickle) where it cannot: ``__main__``, notebooks,
-lambdas, closures. Large contiguous buffers (numpy arrays) travel beside the pickle, without a copy.
+lambdas, closures. Where the way allows it, large contiguous buffers (numpy arrays) travel beside the pickle, without a
+copy; elsewhere they are a part of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import inspect
 import io
 import pickle
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import cloudpickle
@@ -25,19 +26,20 @@ OUT_OF_BAND_BYTES = 65536
 
 _PROTOCOL = 5
 _MAX_DEPTH = 8
+_MAX_BUFFERS = 1024  # beside one pickle
+
+_BufferCallback = Callable[[pickle.PickleBuffer], bool]
 
 
 class Packer:
-    """Pickles many values of one name.
+    """Pickles many values of one name, large buffers apart; for one thread.
 
     Args:
         name: what to call a value in an error, such as ``args``.
-        in_band: whether large buffers are to be in the pickle like all else.
     """
 
-    def __init__(self, name: str, *, in_band: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._in_band = in_band
         self._buffers: list[memoryview] = []
 
     def pack(self, value: Any) -> tuple[bytes, list[memoryview]]:
@@ -49,28 +51,20 @@ class Packer:
         Raises:
             SerializationError: it does not pickle; names the attribute that is to blame.
         """
-        try:
-            data = pickle.dumps(value, _PROTOCOL, buffer_callback=self._keeps_in_band)
-        except BaseException:  # noqa: BLE001 - a user's __reduce__ may raise anything; the other way has the last word
-            return self.pack_by_value(value)
-        # A reference to __main__ means another module over there.
-        if b"__main__" in data:
+        data = _by_reference(value, self._keeps_in_band)
+        if data is None:
             return self.pack_by_value(value)
         return data, self._take_buffers()
 
     def pack_by_value(self, value: Any) -> tuple[bytes, list[memoryview]]:
         """Pickle a value with what cannot be imported in it; slower. As :meth:`pack` otherwise."""
         self._buffers = []
-        file = io.BytesIO()
-        try:
-            _ByValuePickler(file, _PROTOCOL, buffer_callback=self._keeps_in_band).dump(value)
-        except BaseException as exc:
-            raise explain(value, self._name, exc) from exc
-        return file.getvalue(), self._take_buffers()
+        data = _by_value(value, self._name, self._keeps_in_band)
+        return data, self._take_buffers()
 
     def _keeps_in_band(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
-        if self._in_band or raw.nbytes < OUT_OF_BAND_BYTES:
+        if raw.nbytes < OUT_OF_BAND_BYTES or len(self._buffers) == _MAX_BUFFERS:
             return True
         self._buffers.append(raw)
         return False
@@ -80,6 +74,39 @@ class Packer:
         if buffers:
             self._buffers = []
         return buffers
+
+
+def dumps(value: Any, name: str, *, function: bool = False) -> bytes:
+    """Pickle one value, all of it in one piece, large buffers included.
+
+    Args:
+        name: what to call the value in an error.
+        function: whether it is, or holds, a function: it is then pickled by value at once.
+
+    Raises:
+        SerializationError: it does not pickle; names the attribute that is to blame.
+    """
+    data = None if function else _by_reference(value, None)
+    return _by_value(value, name, None) if data is None else data
+
+
+def _by_reference(value: Any, buffer_callback: _BufferCallback | None) -> bytes | None:
+    """Pickle a value of which everything can be imported; None if that is not so."""
+    try:
+        data = pickle.dumps(value, _PROTOCOL, buffer_callback=buffer_callback)
+    except BaseException:  # noqa: BLE001 - a user's __reduce__ may raise anything; the other way has the last word
+        return None
+    # A reference to __main__ means another module over there.
+    return None if b"__main__" in data else data
+
+
+def _by_value(value: Any, name: str, buffer_callback: _BufferCallback | None) -> bytes:
+    file = io.BytesIO()
+    try:
+        _ByValuePickler(file, _PROTOCOL, buffer_callback=buffer_callback).dump(value)
+    except BaseException as exc:
+        raise explain(value, name, exc) from exc
+    return file.getvalue()
 
 
 class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
@@ -98,14 +125,8 @@ def _cached(function: Any, parameters: Mapping[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(function)
 
 
-def dumps(value: Any, name: str, *, function: bool = False, in_band: bool = False) -> tuple[bytes, list[memoryview]]:
-    """Pickle one value with a :class:`Packer`; by value at once if it is, or holds, a ``function``."""
-    packer = Packer(name, in_band=in_band)
-    return packer.pack_by_value(value) if function else packer.pack(value)
-
-
 def loads(data: bytes | bytearray, buffers: Iterable[Any] = ()) -> Any:
-    """The inverse of :func:`dumps`."""
+    """The inverse of :func:`dumps`, and with its buffers of :meth:`Packer.pack`."""
     return pickle.loads(data, buffers=buffers)
 
 

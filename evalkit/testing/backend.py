@@ -6,6 +6,7 @@ import pytest
 
 # Before they are imported, so that a failure shows the values in its assertion.
 pytest.register_assert_rewrite(
+    "evalkit.testing.backend_arrays",
     "evalkit.testing.backend_control",
     "evalkit.testing.backend_events",
     "evalkit.testing.backend_failures",
@@ -15,6 +16,7 @@ pytest.register_assert_rewrite(
     "evalkit.testing.backend_values",
 )
 
+from evalkit.testing.backend_arrays import BackendArrays  # noqa: E402
 from evalkit.testing.backend_control import BackendCancel, BackendEnd, BackendReports  # noqa: E402
 from evalkit.testing.backend_events import BackendEvents  # noqa: E402
 from evalkit.testing.backend_failures import (  # noqa: E402
@@ -44,6 +46,7 @@ class BackendSuite(
     BackendEnd,
     BackendValues,
     BackendFunctions,
+    BackendArrays,
     BackendEvents,
     BackendPrograms,
     BackendResources,

@@ -626,3 +626,14 @@ def test_a_worker_init_that_is_no_function() -> None:
         Evaluator.create(functions.echo, "process", {"worker_init": 3})
     with pytest.raises((TypeError, ValueError), match="start_timeout"):
         Evaluator.create(functions.echo, "process", {"start_timeout": -1})
+
+
+@pytest.mark.slow
+def test_a_gigabyte_of_run_function_kwargs() -> None:
+    numpy = pytest.importorskip("numpy")
+    data = numpy.ones(2**27)
+    options = {"num_workers": 2, "run_function_kwargs": {"data": data}}
+    with Evaluator.create(lambda job, data: float(data[job["i"]]), "process", options) as evaluator:
+        jobs = evaluator.submit([{"i": i} for i in range(20)])
+        evaluator.gather("ALL")
+    assert [job.output for job in jobs] == [1.0] * len(jobs), jobs[0].error

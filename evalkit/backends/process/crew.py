@@ -14,7 +14,6 @@ from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.memory import show_bytes
 from evalkit.backends.process.nursery import DIED_OF_MEMORY, DIED_UNKNOWN
 from evalkit.backends.process.spawner import TERM_GRACE, Death, Spawner
-from evalkit.backends.process.wire import Kind
 from evalkit.job import ErrorInfo, JobCause
 
 __all__ = ["Crew", "describe_death"]
@@ -25,7 +24,7 @@ class Crew:
 
     Args:
         size: how many workers there are to be.
-        setup: the pickled message that tells a worker what to run.
+        setup: the parts of the message that tells a worker what to run.
         start_timeout: seconds after which a worker that is not ready is killed.
         job_memory: bytes that a worker may take, with what it started; None for no limit.
         capture: whether what jobs print is captured.
@@ -38,7 +37,12 @@ class Crew:
     """
 
     def __init__(
-        self, size: int, setup: bytes, start_timeout: float, job_memory: int | None = None, capture: bool = False
+        self,
+        size: int,
+        setup: list[bytes | memoryview],
+        start_timeout: float,
+        job_memory: int | None = None,
+        capture: bool = False,
     ) -> None:
         self._size = size
         self._setup = setup
@@ -97,7 +101,7 @@ class Crew:
             self._selector.register(link.sock, selectors.EVENT_READ, link)
             self._spawner.spawn(link.number, link.fds_for_worker)
             link.close_theirs()
-            link.send_raw(Kind.SETUP, self._setup)
+            link.send_parts(self._setup)
 
     def restart(self) -> None:
         """Start another nursery, for one that is gone. Raises ``BackendError``."""

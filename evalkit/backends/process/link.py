@@ -98,9 +98,9 @@ class WorkerLink:
         self._queue(frame(kind, pickle.dumps(value, 5)))
         self.flush()
 
-    def send_raw(self, kind: int, payload: bytes) -> None:
-        """Send a message that is pickled already."""
-        self._queue(frame(kind, payload))
+    def send_parts(self, parts: list[bytes | memoryview]) -> None:
+        """Send a message that is a frame already."""
+        self._queue(parts)
         self.flush()
 
     def bind(self, resources: dict[str, str]) -> None:

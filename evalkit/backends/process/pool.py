@@ -49,9 +49,10 @@ from evalkit.backends.process.capture import can_capture
 from evalkit.backends.process.crew import Crew, describe_death
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.memory import parse_bytes
+from evalkit.backends.process.setup import pack_setup
 from evalkit.backends.process.spawner import TERM_GRACE
 from evalkit.backends.process.wire import Frame, Kind
-from evalkit.backends.serialization import dumps, loads
+from evalkit.backends.serialization import loads
 from evalkit.errors import BackendError, SerializationError
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.joblog import JobLog
@@ -133,16 +134,13 @@ class ProcessBackend(Backend):
 
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self._emit = emit
-        setup: dict[str, Any] = {"sys_path": list(sys.path), "sys_argv": list(sys.argv)}
-        for name, value in (("function", run_function), ("worker_init", self._worker_init)):
-            try:
-                setup[name] = dumps(value, "run_function" if name == "function" else name, function=True)[0]
-            except SerializationError as exc:
-                # The jobs fail with this, one by one; a failed job is a result.
-                self._broken = describe(exc)
-        self._crew = Crew(
-            self.num_workers, pickle.dumps(setup, 5), self._start_timeout, self._job_memory, self._capture
-        )
+        try:
+            setup = pack_setup(run_function, self._worker_init)
+        except SerializationError as exc:
+            # The jobs fail with this, one by one; a failed job is a result.
+            self._broken = describe(exc)
+            setup = []
+        self._crew = Crew(self.num_workers, setup, self._start_timeout, self._job_memory, self._capture)
         if self._broken is None:
             self._crew.fill_up()
         self._thread = threading.Thread(target=self._serve, name="evalkit-process-pool", daemon=True)

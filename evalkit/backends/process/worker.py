@@ -20,13 +20,12 @@ import time
 from collections import deque
 from typing import Any
 
-from evalkit.backends.base import RunFunction
 from evalkit.backends.events import Measured
 from evalkit.backends.execution import describe, environment
-from evalkit.backends.importing import importing_function
 from evalkit.backends.meter import Meter
 from evalkit.backends.process.capture import Capture, flush_all
 from evalkit.backends.process.outbox import SMALL, TOGETHER, Outbox
+from evalkit.backends.process.setup import load_setup
 from evalkit.backends.process.wire import (
     NUMBERS,
     Frame,
@@ -36,7 +35,7 @@ from evalkit.backends.process.wire import (
     is_number,
     small_frame,
 )
-from evalkit.backends.serialization import Packer, dumps, explain, loads
+from evalkit.backends.serialization import Packer, explain, loads
 from evalkit.errors import SerializationError
 from evalkit.job import ErrorInfo
 from evalkit.running import SCALARS, RunningJob, is_coroutine_function
@@ -83,7 +82,7 @@ class _Channel:
 
     def record(self, job_id: str, values: dict[str, Any]) -> None:
         if job_id == self._job_id:
-            data, buffers = dumps(values, "recorded values")
+            data, buffers = Packer("recorded values").pack(values)
             self._worker.send(Kind.RECORD, data, buffers)
 
     def stop_requested(self, job_id: str) -> bool:
@@ -286,13 +285,8 @@ class _Worker:
         frames = self._reader.read()
         while not frames:
             frames = self._reader.read()
-        setup = pickle.loads(frames[0][2])
-        sys.path[:] = setup["sys_path"]
-        sys.argv[:] = setup["sys_argv"]
         try:
-            with importing_function():
-                self._function: RunFunction = pickle.loads(setup["function"])
-                worker_init = pickle.loads(setup["worker_init"])
+            self._function, worker_init = load_setup(*frames[0][2:])
             self._is_async = is_coroutine_function(self._function)
             if worker_init is not None:
                 self._state = worker_init()
