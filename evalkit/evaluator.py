@@ -84,6 +84,9 @@ class Evaluator:
             itself, as ``job.resources``, and no more jobs run than there are units of any kind.
         retries: a :class:`evalkit.RetryPolicy`, or an int: so many more attempts after a crash or a loss.
         grace: seconds between asking a job to stop and ending it by force.
+        output_timeout: seconds that the output of a job may take to be rebuilt in this program, where it came from
+            another process and holds more than plain values, numbers and arrays; a job whose output takes longer fails.
+            With a ``job_timeout`` also how long the output may take to arrive once the run has ended in time.
     """
 
     def __init__(
@@ -99,12 +102,14 @@ class Evaluator:
         resources: Mapping[str, Sequence[str | int]] | None = None,
         retries: int | RetryPolicy = 0,
         grace: float = 2.0,
+        output_timeout: float = 30.0,
     ) -> None:
         if not backend.capabilities.same_memory:
             check_not_importing()
         check_run_function(run_function)
         check_seconds("job_timeout", job_timeout)
         check_seconds("grace", grace, zero=True)
+        check_seconds("output_timeout", output_timeout)
         grace = min(grace, _LONGEST_GRACE)
         if job_timeout == math.inf:
             job_timeout = None
@@ -145,6 +150,7 @@ class Evaluator:
                 epoch=self._epoch,
                 retries=policy,
                 job_timeout=job_timeout,
+                output_timeout=output_timeout,
                 grace=grace,
                 resources=Resources(self._units) if self._units else None,
             )
@@ -495,7 +501,7 @@ class Evaluator:
     def _end(self, exc: BaseException | None) -> list[Job]:
         self._budget.close()
         try:
-            cancelled = self._scheduler.close_intake(_CLOSED)
+            unfinished = self._scheduler.close_intake(_CLOSED)
             self._backend.stop(self._grace)
         finally:
             self._scheduler.give_up(_CLOSED)
@@ -516,7 +522,7 @@ class Evaluator:
                 finally:
                     _open.discard(self)
                     self._backend.release(exc)
-        return cancelled
+        return [job for job in unfinished if job.state is JobState.CANCELLED]
 
     def __enter__(self) -> Self:
         return self

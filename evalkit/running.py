@@ -95,7 +95,8 @@ class RunningJob(Mapping[str, Any]):
             reached = min(1.0, max(0.0, float(progress)))
         except OverflowError:  # an int that is larger than any float
             reached = 1.0 if progress > 0 else 0.0
-        self._channel.progress(self.id, reached, str(phase))
+        # A class of strings of the user's would have to be unpickled where this is read.
+        self._channel.progress(self.id, reached, str.__str__(str(phase)))
         return self.stopped()
 
     def record(self, **values: Any) -> None:

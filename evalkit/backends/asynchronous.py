@@ -17,10 +17,12 @@ from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import (
     Cancelled,
     Done,
+    DonePickled,
     Event,
     Failed,
     Lost,
     Measured,
+    Pickled,
     Released,
     Started,
     WorkerIdentity,
@@ -252,6 +254,7 @@ class AsyncBackend(Backend):
             resources = task.resources if self._leased else None
             run.job = job = RunningJob(own_copy(task.args), job_id, task.attempt, run, None, resources)
             run.since = start = time.time()
+            began = time.monotonic()
             if not brief:  # it may keep the loop for a while, and its time counts from now
                 self._flush()
             elif not self._flush_due:
@@ -259,10 +262,11 @@ class AsyncBackend(Backend):
                 self._loop.call_soon(self._flush)
             try:
                 output = await self.execute(job)
-                now = time.time()
-                end: Event = Done(job_id, output, (start, now, None, None), run.worker)
+                now = start + time.monotonic() - began
+                ended = DonePickled if type(output) is Pickled else Done
+                end: Event = ended(job_id, output, (start, now, None, None), run.worker)
             except BaseException as exc:  # noqa: BLE001 - a failed job is a result, SystemExit included
-                now = time.time()
+                now = start + time.monotonic() - began
                 if type(exc) is asyncio.CancelledError and me.cancelling():
                     if not run.was_killed:
                         del running[job_id]  # everything stops

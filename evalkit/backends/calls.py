@@ -8,11 +8,12 @@ from typing import Any
 
 from evalkit.backends.asynchronous import RunFailedError
 from evalkit.backends.base import RunFunction
-from evalkit.backends.events import Done, Failed, Progress, Recorded
+from evalkit.backends.events import Done, Failed, Pickled, Progress, RecordedPickled
 from evalkit.backends.execution import failed, identity, visible
 from evalkit.backends.importing import importing_function
 from evalkit.backends.meter import Meter, event_of
-from evalkit.backends.serialization import dumps, explain, loads
+from evalkit.backends.pickled import done, recorded
+from evalkit.backends.serialization import dumps, loads
 from evalkit.errors import SerializationError
 from evalkit.job import JobCause
 from evalkit.running import Channel, RunningJob, is_coroutine_function
@@ -54,15 +55,20 @@ def run_call(call: bytes, channel: Channel | None = None) -> bytes:
     else:
         with visible(resources):
             end = event_of(job_id, Meter().run(_plain(function), job), worker)
-    try:
-        return dumps((collector.said, end), "output")
-    except SerializationError as exc:
-        error = explain(end.output if isinstance(end, Done) else None, "output", exc.__cause__ or exc)
-        return dumps(([], failed(job_id, error, end.measured, worker)), "output")
+    if isinstance(end, Done):
+        try:
+            end.output = dumps(end.output, "output")
+        except SerializationError as exc:
+            end = failed(job_id, exc, end.measured, worker)
+    return dumps((collector.said, end), "answer")
 
 
 def read_answer(answer: bytes, job: RunningJob, say_where: Callable[[RunningJob, str, int], None] | None = None) -> Any:
-    """The output that :func:`run_call` answered with; what the job said comes first.
+    """Read what :func:`run_call` has answered; what the job said comes first.
+
+    Returns:
+        the output; or a :class:`evalkit.backends.Pickled`, if it holds more than plain values and arrays. That is for
+        ``execute`` to return, since unpickling may run any code: the evaluator does it, apart from all else.
 
     Args:
         answer: what ``run_call`` returned.
@@ -77,12 +83,13 @@ def read_answer(answer: bytes, job: RunningJob, say_where: Callable[[RunningJob,
         if isinstance(event, Progress):
             job.report(event.progress, event.phase)
         else:
-            job.record(**event.values)
+            # Not job.record(): values that are not plain are for the evaluator to unpickle, as the output is.
+            job._channel.record(job.id, recorded(job.id, event.values.data).values)  # type: ignore[arg-type]
     if say_where is not None:
         say_where(job, end.worker.host, end.worker.pid)
     if isinstance(end, Failed):
         raise RunFailedError(JobCause.EXCEPTION, end.error)
-    return end.output
+    return done(job.id, end.output, (), end.measured, None).output
 
 
 def _plain(function: RunFunction) -> RunFunction:
@@ -99,13 +106,13 @@ class _Collector:
     """The channel of a job that cannot be heard while it runs."""
 
     def __init__(self) -> None:
-        self.said: list[Progress | Recorded] = []
+        self.said: list[Progress | RecordedPickled] = []
 
     def progress(self, job_id: str, progress: float, phase: str) -> None:
         self.said.append(Progress(job_id, progress, phase))
 
     def record(self, job_id: str, values: dict[str, Any]) -> None:
-        self.said.append(Recorded(job_id, values))
+        self.said.append(RecordedPickled(job_id, Pickled(dumps(values, "recorded values"))))
 
     def stop_requested(self, job_id: str) -> bool:
         return False

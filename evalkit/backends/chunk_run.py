@@ -190,6 +190,8 @@ class ChunkRun:
             if error is None and (place.same_memory or type(output) in PLAIN):
                 ended.append((Kind.DONE, index, output, measured))
             else:
+                if place.prompt and measured is not None:
+                    self._say((Kind.ENDED, index, measured))
                 ended.append(self._pack(index, output, error, measured))
                 now = time.time()
             if now - sent > place.hold or self._held_bytes > _MAX_HELD_BYTES:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import pickle
 from array import array
 from collections.abc import Sequence
-from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from evalkit.backends.base import Task
 from evalkit.backends.done_batch import DoneBatch
-from evalkit.backends.events import Done, Event, Failed, Progress, Recorded, Started, WorkerIdentity
-from evalkit.backends.execution import failed, recorded
-from evalkit.backends.serialization import dumps, loads
+from evalkit.backends.events import Done, Ended, Event, Failed, Progress, Recorded, Started, WorkerIdentity
+from evalkit.backends.pickled import done, recorded
+from evalkit.backends.serialization import dumps
 from evalkit.errors import SerializationError
 from evalkit.job import JobCause
 from evalkit.metadata import MeasuredRuns
@@ -64,6 +63,7 @@ class Kind:
     FAILED = 4  # error, measured
     RETURNED = 5  # it has not started, and will not here
     SKIPPED = 6  # it was asked to stop before it started
+    ENDED = 7  # measured; where there is a job_timeout, before its output is pickled
 
 
 class Packed(bytes):
@@ -201,17 +201,15 @@ def read_saying(job_id: str, saying: Saying, worker: WorkerIdentity) -> Event:
     if kind == Kind.DONE:
         _, _, output, measured = saying
         if type(output) is Packed:
-            try:
-                output = loads(output)
-            except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything
-                exc.add_note("The output of the job could not be rebuilt from what the worker sent.")
-                return failed(job_id, exc, measured, worker)
+            return done(job_id, output, (), measured, worker)
         return Done(job_id, output, measured, worker)
     if kind == Kind.FAILED:
         return Failed(job_id, JobCause.EXCEPTION, saying[2], saying[3], worker)
     if kind == Kind.STARTED:
         return Started(job_id, saying[2], worker)
+    if kind == Kind.ENDED:
+        return Ended(job_id, saying[2])
     if kind == Kind.PROGRESS:
         return Progress(job_id, saying[2], saying[3])
     values = saying[2]
-    return recorded(job_id, partial(loads, values)) if type(values) is Packed else Recorded(job_id, values)
+    return recorded(job_id, values) if type(values) is Packed else Recorded(job_id, values)

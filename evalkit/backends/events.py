@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +13,17 @@ from evalkit.joblog import JobLog
 __all__ = [
     "Cancelled",
     "Done",
+    "DonePickled",
+    "Ended",
     "Event",
     "Failed",
     "Lost",
     "Measured",
+    "Pickled",
     "Printed",
     "Progress",
     "Recorded",
+    "RecordedPickled",
     "Released",
     "Rerun",
     "Started",
@@ -27,11 +33,16 @@ __all__ = [
 
 @dataclass(slots=True)
 class Started:
-    """A job runs, since ``time`` (seconds since the Unix epoch)."""
+    """A job runs, since ``time`` (seconds since the Unix epoch).
+
+    Told again for the same run, it is the better word on when that began. ``clock`` is the same instant on the
+    monotonic clock, from a worker of this machine: ``job_timeout`` counts from it, or else from when this is told.
+    """
 
     job_id: str
     time: float
     worker: WorkerIdentity | None = None
+    clock: float | None = None
 
 
 @dataclass(slots=True)
@@ -44,11 +55,31 @@ class Progress:
 
 
 @dataclass(slots=True)
+class Pickled:
+    """A value as it came from a worker: a pickle, and the large buffers that go with it."""
+
+    data: bytes | memoryview
+    buffers: Sequence[Any] = ()
+
+    def load(self) -> Any:
+        """Unpickle it. This may run any code, take any time, and raise anything, ``SystemExit`` included."""
+        return pickle.loads(self.data, buffers=self.buffers)
+
+
+@dataclass(slots=True)
 class Recorded:
     """A running job recorded intermediate values."""
 
     job_id: str
     values: dict[str, Any]
+
+
+@dataclass(slots=True)
+class RecordedPickled:
+    """As ``Recorded``, with values that the evaluator unpickles."""
+
+    job_id: str
+    values: Pickled
 
 
 @dataclass(slots=True)
@@ -60,11 +91,29 @@ class Printed:
 
 
 @dataclass(slots=True)
+class Ended:
+    """The run function has returned, and its output is on the way: what that takes does not count as the run's time."""
+
+    job_id: str
+    measured: Measured
+
+
+@dataclass(slots=True)
 class Done:
     """The run function returned."""
 
     job_id: str
     output: Any
+    measured: Measured | None = None
+    worker: WorkerIdentity | None = None
+
+
+@dataclass(slots=True)
+class DonePickled:
+    """As ``Done``, with an output that the evaluator unpickles: in a thread of its own, within a limit."""
+
+    job_id: str
+    output: Pickled
     measured: Measured | None = None
     worker: WorkerIdentity | None = None
 
@@ -117,4 +166,18 @@ class Released:
     attempt: int
 
 
-Event = Started | Progress | Recorded | Printed | Done | Failed | Cancelled | Lost | Rerun | Released
+Event = (
+    Started
+    | Progress
+    | Recorded
+    | RecordedPickled
+    | Printed
+    | Ended
+    | Done
+    | DonePickled
+    | Failed
+    | Cancelled
+    | Lost
+    | Rerun
+    | Released
+)

@@ -7,12 +7,12 @@ import os
 import socket
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 from evalkit.backends.base import Emit
-from evalkit.backends.events import Failed, Measured, Progress, Recorded, WorkerIdentity
+from evalkit.backends.events import Failed, Measured, Pickled, Progress, Recorded, RecordedPickled, WorkerIdentity
 from evalkit.job import ErrorInfo, JobCause
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "environment",
     "failed",
     "identity",
-    "recorded",
     "take_all",
     "visible",
 ]
@@ -63,14 +62,6 @@ def _user_part(tb: TracebackType | None) -> TracebackType | None:
 def failed(job_id: str, exc: BaseException, measured: Measured | None, worker: WorkerIdentity | None) -> Failed:
     """The event of a run that raised."""
     return Failed(job_id, JobCause.EXCEPTION, describe(exc), measured, worker)
-
-
-def recorded(job_id: str, rebuild: Callable[[], dict[str, Any]]) -> Recorded:
-    """The event of values that a job recorded, as they came from its worker."""
-    try:
-        return Recorded(job_id, rebuild())
-    except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything; a record does not fail the job
-        return Recorded(job_id, {"evalkit_error": f"these values could not be rebuilt: {type(exc).__name__}: {exc}"})
 
 
 def check_worker_init(worker_init: Any) -> None:
@@ -116,9 +107,10 @@ class LocalChannel:
         if self._open:
             self._emit([Progress(job_id, progress, phase)])
 
-    def record(self, job_id: str, values: dict[str, Any]) -> None:
+    def record(self, job_id: str, values: dict[str, Any] | Pickled) -> None:
         if self._open:
-            self._emit([Recorded(job_id, values)])
+            recorded = RecordedPickled(job_id, values) if isinstance(values, Pickled) else Recorded(job_id, values)
+            self._emit([recorded])
 
     def stop_requested(self, job_id: str) -> bool:
         return self._asked

@@ -31,6 +31,8 @@ class Meter:
     and the CPU time of a run of less than 50 µs is its duration. Where such runs follow each other closely, the system
     is asked once in a millisecond, which is by how much the CPU time of the next longer run may be wrong.
 
+    A run starts at the time of day, and ends as much later as the monotonic clock says.
+
     Args:
         cpu_time: the clock of CPU time: of this thread, or where a run may have threads, of this process.
     """
@@ -50,27 +52,27 @@ class Meter:
 
     def run(self, function: RunFunction, job: RunningJob) -> Ran:
         """Call the run function in this thread. Whatever it raises is an error, SystemExit included."""
-        start = time.time()
-        if not 0.0 <= start - self._end < _BRIEF:
+        told, start = time.time(), time.monotonic()
+        if start - self._end >= _BRIEF:
             self._ask(start)
         lag = self._lag  # a run on serial may gather others, which are measured here as well
         try:
             output = function(job)
         except BaseException as exc:  # noqa: BLE001 - a failed job is a result
-            measured = self._measured(start, lag)
+            measured = self._measured(told, start, lag)
             return None, describe(exc), measured
-        return output, None, self._measured(start, lag)
+        return output, None, self._measured(told, start, lag)
 
-    def _measured(self, start: float, lag: float) -> Measured:
-        self._end = end = time.time()
+    def _measured(self, told: float, start: float, lag: float) -> Measured:
+        self._end = end = time.monotonic()
         duration = end - start
-        if 0.0 <= duration < _BRIEF:
+        if duration < _BRIEF:
             if end > self._due:
                 self._ask(end)
-            return (start, end, duration, self._peak.bytes)
+            return (told, told + duration, duration, self._peak.bytes)
         self._ask(end)
         cpu_time = max(0.0, duration - (self._lag - lag))
-        return (start, end, cpu_time, self._peak.bytes if duration < _SHORT else self._peak.ask())
+        return (told, told + duration, cpu_time, self._peak.bytes if duration < _SHORT else self._peak.ask())
 
     def _ask(self, now: float) -> None:
         self._lag = now - self._clock()

@@ -40,6 +40,7 @@ _COMMON = (
     "resources",
     "retries",
     "grace",
+    "output_timeout",
 )
 
 

@@ -17,6 +17,10 @@ __all__ = ["Clock"]
 _log = logging.getLogger("evalkit")
 
 
+_LATE = 0.1  # seconds by which its thread wakes up too late, if the program could not run
+_CATCH_UP = 0.25  # seconds that the program then has to read what has come meanwhile
+
+
 class Clock:
     """Calls functions when they are due, one after the other: what may take long is for a clock of its own.
 
@@ -31,6 +35,15 @@ class Clock:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._stood_still = 0.0
+
+    def time(self) -> float:
+        """Seconds on the monotonic clock, less those in which this program could not run, as far as was noticed.
+
+        A program may be stopped by Ctrl-Z, or one of its threads may hold the interpreter. What has come from workers
+        meanwhile is read only afterwards, so a limit that is judged by this clock waits for that.
+        """
+        return time.monotonic() - self._stood_still
 
     def call_later(self, delay: float, function: Callable[..., None], *args: Any) -> None:
         """Have ``function(*args)`` called after ``delay`` seconds, ``math.inf`` being never.
@@ -64,8 +77,11 @@ class Clock:
         while True:
             with self._changed:
                 while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
-                    left = self._heap[0][0] - time.monotonic() if self._heap else math.inf
-                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                    due = self._heap[0][0] if self._heap else math.inf
+                    self._changed.wait(min(max(0.0, due - time.monotonic()), threading.TIMEOUT_MAX))
+                    late = time.monotonic() - due
+                    if late > _LATE:
+                        self._stood_still += late + _CATCH_UP
                 if self._closed:
                     return
                 _, _, function, args = heapq.heappop(self._heap)

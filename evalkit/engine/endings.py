@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
 from evalkit.backends.base import Backend
+from evalkit.backends.events import Measured
 from evalkit.engine.clock import Clock
-from evalkit.job import Job
+from evalkit.job import Job, JobState
 
 __all__ = ["Endings"]
 
 
 class Endings:
-    """Runs that are to end, and when runs are to.
+    """Asks runs to stop, on a cancel or when their time is over, and kills those that do not.
+
+    Times are those of the timers' clock, which stands still while the program cannot run: what has come from workers
+    meanwhile is read before a run is judged.
 
     Args:
         lock: of the scheduler.
         job_timeout: seconds that a run may take; None for no limit.
+        output_timeout: seconds that the output of a run may take to arrive, if there is a ``job_timeout``.
         grace: seconds between asking a run to stop and its end by force.
 
     Attributes:
@@ -26,67 +32,95 @@ class Endings:
     """
 
     def __init__(
-        self, backend: Backend, timers: Clock, lock: threading.Lock, job_timeout: float | None, grace: float
+        self,
+        backend: Backend,
+        timers: Clock,
+        lock: threading.Lock,
+        *,
+        job_timeout: float | None,
+        output_timeout: float,
+        grace: float,
     ) -> None:
         self._backend = backend
         self._timers = timers
         self._lock = lock
-        self._job_timeout = job_timeout
+        self._job_timeout = math.inf if job_timeout is None else job_timeout
+        self._output_timeout = output_timeout
         # Backends that kill take up to a second from SIGTERM to SIGKILL; that second is part of the grace.
         self._patience = max(grace - 1.0, grace / 2)
         self.dooms: dict[str, str] = {}
-        self._running: dict[str, tuple[float, Job]] = {}  # monotonic start, oldest first; only with a job_timeout
-        self._timeout_scheduled = False
+        self._limits: dict[str, tuple[float, Job, str]] = {}  # when a run is out of time, and what it has exceeded then
+        self._next_check = math.inf
 
-    def started(self, job: Job) -> None:
-        """With the lock: its time counts from now, if there is a limit."""
-        if self._job_timeout is None:
-            return
-        self._running.pop(job.id, None)
-        self._running[job.id] = time.monotonic(), job
-        if not self._timeout_scheduled:
-            self._timeout_scheduled = True
-            self._timers.call_later(self._job_timeout, self._check_timeouts)
+    def started(self, job: Job, clock: float | None) -> None:
+        """With the lock: a run has started, now or at this time on the monotonic clock."""
+        if self._job_timeout < math.inf:
+            age = 0.0 if clock is None else time.monotonic() - clock
+            limit = self._job_timeout
+            self._set_limit(job, limit - age, f"it ran longer than job_timeout={limit:g} s")
 
-    def over(self, job: Job) -> str | None:
-        """With the lock: its run has ended. Return why it was to, if it was."""
-        if self._running:
-            self._running.pop(job.id, None)
-        return self.dooms.pop(job.id, None) if self.dooms else None
+    def ended(self, job: Job, measured: Measured) -> None:
+        """With the lock: a run has ended, and its output is on the way."""
+        self.arrived(job, measured)
+        if self._in_time(measured):
+            limit = self._output_timeout
+            self._set_limit(job, limit, f"its output did not arrive within output_timeout={limit:g} s after its run")
+
+    def arrived(self, job: Job, measured: Measured) -> None:
+        """With the lock: a run has ended, and its output is here, though nobody has read it yet."""
+        self._limits.pop(job.id, None)
+        if job.state is not JobState.CANCELLING and self._in_time(measured):
+            self.dooms.pop(job.id, None)
+
+    def over(self, job: Job, measured: Measured | None = None) -> str | None:
+        """With the lock: there is nothing more to come of a run. Return why it was to end, if it was.
+
+        Args:
+            measured: of a run that came to its own end. If that was in time, it counts, whatever was asked of the run
+                since: the program may have been late to hear of it.
+        """
+        if self._limits:
+            self._limits.pop(job.id, None)
+        doom = self.dooms.pop(job.id, None) if self.dooms else None
+        return None if doom is not None and measured is not None and self._in_time(measured) else doom
 
     def ask(self, job: Job, attempt: int) -> None:
         """Without the lock: ask a run that is in :attr:`dooms` to stop, and see to it that it does."""
         self._backend.cancel(job.id, kill=False)
-        with self._lock:
-            if not self._is_doomed(job, attempt):
-                return  # it is over already
-        self._timers.call_later(self._patience, self._kill, job, attempt)
+        self._kill_at(self._timers.time() + self._patience, job, attempt)
 
-    def _is_doomed(self, job: Job, attempt: int) -> bool:
-        return job.id in self.dooms and job.attempt == attempt
+    def _in_time(self, measured: Measured) -> bool:
+        start, end = measured[0], measured[1]
+        return end is not None and end - start < self._job_timeout < math.inf
 
-    def _kill(self, job: Job, attempt: int) -> None:
+    def _kill_at(self, due: float, job: Job, attempt: int) -> None:
+        """Kill a run when its patience is over, if it goes on then."""
         with self._lock:
-            if not self._is_doomed(job, attempt):
-                return  # it has ended; what runs by now is another attempt
-        self._backend.cancel(job.id, kill=True)
+            if job.id not in self.dooms or job.attempt != attempt:
+                return  # it is over; what runs by now is another attempt
+        left = due - self._timers.time()
+        if left > 0:
+            self._timers.call_later(left, self._kill_at, due, job, attempt)
+        else:
+            self._backend.cancel(job.id, kill=True)
 
-    def _check_timeouts(self) -> None:
-        limit = self._job_timeout
-        if limit is None:
-            return
-        due: list[tuple[Job, int]] = []
+    def _set_limit(self, job: Job, seconds: float, reason: str) -> None:
+        due = self._timers.time() + seconds
+        self._limits[job.id] = due, job, reason
+        if due < self._next_check:
+            self._next_check = due
+            self._timers.call_later(max(0.0, seconds), self._check_limits)
+
+    def _check_limits(self) -> None:
+        out_of_time: list[tuple[Job, int]] = []
         with self._lock:
-            now = time.monotonic()
-            self._timeout_scheduled = False
-            for since, job in self._running.values():
-                if now - since < limit:
-                    self._timeout_scheduled = True
-                    self._timers.call_later(since + limit - now, self._check_timeouts)
-                    break
-                due.append((job, job.attempt))
-            for job, _ in due:
-                del self._running[job.id]
-                self.dooms.setdefault(job.id, f"it ran longer than job_timeout={limit:g} s")
-        for job, attempt in due:
+            now = self._timers.time()
+            for due, job, reason in list(self._limits.values()):
+                if due <= now:
+                    out_of_time.append((job, job.attempt))
+                    del self._limits[job.id]
+                    self.dooms.setdefault(job.id, reason)
+            self._next_check = min((due for due, _, _ in self._limits.values()), default=math.inf)
+            self._timers.call_later(max(0.0, self._next_check - now), self._check_limits)
+        for job, attempt in out_of_time:
             self.ask(job, attempt)

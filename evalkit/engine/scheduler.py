@@ -25,12 +25,15 @@ from evalkit.backends.done_batch import DoneBatch
 from evalkit.backends.events import (
     Cancelled,
     Done,
+    DonePickled,
+    Ended,
     Event,
     Failed,
     Lost,
     Printed,
     Progress,
     Recorded,
+    RecordedPickled,
     Released,
     Rerun,
     Started,
@@ -42,6 +45,7 @@ from evalkit.engine.notifier import Notifier
 from evalkit.engine.recorder import Recorder
 from evalkit.engine.resources import Resources
 from evalkit.engine.retry import Retries, RetryPolicy
+from evalkit.engine.unpickling import UnpicklingThread
 from evalkit.engine.waiting import AllWaiter, JobWaiter, Waiter
 from evalkit.errors import SearchStoppedError
 from evalkit.interrupts import InterruptHeld
@@ -62,6 +66,7 @@ class Scheduler:
     Args:
         epoch: seconds since the Unix epoch at which its clock reads 0.
         job_timeout: seconds that a run may take; None for no limit.
+        output_timeout: seconds that the output of a run may take to arrive, and to be unpickled.
         grace: seconds between asking a job to stop and its end by force.
         resources: what running jobs have to themselves; None for nothing.
     """
@@ -76,6 +81,7 @@ class Scheduler:
         epoch: float,
         retries: RetryPolicy,
         job_timeout: float | None,
+        output_timeout: float,
         grace: float,
         resources: Resources | None = None,
     ) -> None:
@@ -87,7 +93,12 @@ class Scheduler:
         self.epoch = epoch
         self._lock = threading.Lock()
         self._retries = Retries(retries)
-        self._endings = Endings(backend, timers, self._lock, job_timeout, grace)
+        self._endings = Endings(
+            backend, timers, self._lock, job_timeout=job_timeout, output_timeout=output_timeout, grace=grace
+        )
+        self._unpickling = UnpicklingThread(self._opened, timers, output_timeout)
+        self._unopened: dict[str, int] = {}  # job -> how many of its events are there, and not back yet
+        self._returned: set[str] = set()  # jobs whose runs are over, and whose outputs are there and unopened
         self._timed = job_timeout is not None
         self._dooms = self._endings.dooms
         self._resources = resources
@@ -104,9 +115,12 @@ class Scheduler:
         self._closed_because: str | None = None
         self._handlers: dict[type, Callable[[_Turn, Job, Any], None]] = {
             Done: self._on_done,
+            DonePickled: self._on_done_pickled,
+            Ended: self._on_ended,
             Started: self._on_started,
             Progress: self._on_progress,
             Recorded: self._on_recorded,
+            RecordedPickled: self._open_later,
             Printed: self._on_printed,
             Failed: self._on_failed,
             Cancelled: self._on_cancelled,
@@ -164,9 +178,11 @@ class Scheduler:
             if self._closed_because is None:
                 self._closed_because = reason
             jobs = [job for job in self._out.values() if running or job.state is _QUEUED]
+            returned = self._returned.copy()
         # The last first: none of them may start because those before it went.
         for job in reversed(jobs):
-            self._cancel(job, reason)
+            if job.id not in returned:
+                self._cancel(job, reason)
         return jobs
 
     def open_intake(self) -> None:
@@ -243,6 +259,7 @@ class Scheduler:
             self._pending.clear()
             self._in_backend = 0
             self._conclude(turn)
+        self._unpickling.close()
         self._tell(turn)
 
     # -- waiting --------------------------------------------------------------------------------------------------
@@ -351,17 +368,24 @@ class Scheduler:
         unwritten = self._recorder.unwritten
         if unwritten and not self._backend.runs_in_caller:
             self._recorder.hurry()
-        return self._backend.num_workers - self._in_backend - unwritten
+        return self._backend.num_workers - self._in_backend - len(self._returned) - unwritten
 
     # -- what the backend tells -----------------------------------------------------------------------------------
 
     def emit(self, events: Sequence[Event]) -> None:
         """What happened, in order. Called by the backend, from any thread."""
+        self._take_turn(self._handle, events)
+
+    def _opened(self, event: Event, opened: Event) -> None:
+        """An event was in the hands of the unpickling thread. Called by that."""
+        self._take_turn(self._handle_opened, event, opened)
+
+    def _take_turn(self, handle: Callable[..., None], *subjects: Any) -> None:
         turn = _Turn(self.clock())
         try:
             with self._lock:
                 try:
-                    self._handle(turn, events)
+                    handle(turn, *subjects)
                 finally:
                     self._conclude(turn)
         finally:
@@ -374,7 +398,10 @@ class Scheduler:
         handlers, out, ended, now = self._handlers, self._out, turn.ended, turn.now
         # Where all this is so at the beginning, a run that returned ends its job here, and a batch in one loop, as
         # _on_done() would: the calls by which it does take a tenth of the time of a short job.
-        plain = not (self._dooms or self._timed or self._resources or self._notifier.active or self._retries.spent)
+        unopened = self._unopened
+        plain = not (
+            self._dooms or self._timed or self._resources or self._notifier.active or self._retries.spent or unopened
+        )
         if plain and isinstance(events, DoneBatch):
             self._end_batch(turn, events)
             return
@@ -390,8 +417,28 @@ class Scheduler:
                 if callbacks:
                     turn.callbacks.append((job, callbacks))
                 ended.append(job)
+            elif event.job_id in unopened and type(event) is not DonePickled:
+                self._open_later(turn, job, event)  # what it has said before comes first
             else:
                 handlers[type(event)](turn, job, event)
+                plain = plain and not unopened
+
+    def _handle_opened(self, turn: _Turn, event: Event, opened: Event) -> None:
+        """With the lock: take in an event that was unpickled, or that had to wait for others which were."""
+        job_id = event.job_id
+        self._unopened[job_id] -= 1
+        if not self._unopened[job_id]:
+            del self._unopened[job_id]
+        job = self._out.get(job_id)
+        if type(event) is not DonePickled:
+            if job is not None and job.in_backend:
+                self._handlers[type(opened)](turn, job, opened)
+        elif job_id in self._returned and job is not None:
+            self._returned.remove(job_id)
+            if isinstance(opened, Failed):
+                self._end(turn, job, _FAILED, opened, None, opened.error, opened.cause)
+            elif isinstance(opened, Done):
+                self._end(turn, job, _DONE, opened, opened.output)
 
     def _end_batch(self, turn: _Turn, batch: DoneBatch) -> None:
         before = len(turn.ended)
@@ -432,11 +479,12 @@ class Scheduler:
             self._notifier.drain()
 
     def _on_started(self, turn: _Turn, job: Job, event: Started) -> None:
+        if job.state is not _RUNNING:
+            turn.progressed.append(job)
         job.start(event.time, event.worker)
         turn.changed.append(job)
-        turn.progressed.append(job)
         if self._timed:
-            self._endings.started(job)
+            self._endings.started(job, event.clock)
 
     def _has_run(self, turn: _Turn, job: Job) -> None:
         """It runs, though nobody has told of its start yet; the times come with that, or with what was measured."""
@@ -462,6 +510,24 @@ class Scheduler:
     def _on_done(self, turn: _Turn, job: Job, event: Done) -> None:
         self._leave_backend(job)
         self._end(turn, job, _DONE, event, event.output)
+
+    def _on_ended(self, turn: _Turn, job: Job, event: Ended) -> None:
+        self._endings.ended(job, event.measured)
+
+    def _on_done_pickled(self, turn: _Turn, job: Job, event: DonePickled) -> None:
+        """Its run is over, and has nothing to do with the backend any more; what it returned is read in peace."""
+        self._leave_backend(job)
+        if event.measured is not None:
+            self._endings.arrived(job, event.measured)
+            if job.state is _QUEUED:
+                job.start(event.measured[0], event.worker)  # over so soon that nobody told of its start
+                turn.progressed.append(job)
+        self._returned.add(job.id)
+        self._open_later(turn, job, event)
+
+    def _open_later(self, turn: _Turn, job: Job, event: Event) -> None:
+        self._unopened[job.id] = self._unopened.get(job.id, 0) + 1
+        self._unpickling.put(event)
 
     def _on_failed(self, turn: _Turn, job: Job, event: Failed) -> None:
         self._leave_backend(job, event.abandoned)
@@ -521,8 +587,9 @@ class Scheduler:
         cause: JobCause | None = None,
     ) -> None:
         """A run has ended; what that means depends on what was asked of it before, and on the retries that are left."""
+        self._returned.discard(job.id)
         if self._dooms or self._timed:
-            doom = self._endings.over(job)
+            doom = self._endings.over(job, None if run is None else run.measured)
             if job.state is _CANCELLING:
                 state, error, cause = _CANCELLED, None, None
             elif doom is not None:

@@ -11,6 +11,7 @@ pytest.register_assert_rewrite(
     "evalkit.testing.backend_events",
     "evalkit.testing.backend_failures",
     "evalkit.testing.backend_gather",
+    "evalkit.testing.backend_outputs",
     "evalkit.testing.backend_programs",
     "evalkit.testing.backend_resources",
     "evalkit.testing.backend_values",
@@ -26,6 +27,7 @@ from evalkit.testing.backend_failures import (  # noqa: E402
     BackendTimeouts,
 )
 from evalkit.testing.backend_gather import BackendCallbacks, BackendGather, BackendSurroundings  # noqa: E402
+from evalkit.testing.backend_outputs import BackendOutputs  # noqa: E402
 from evalkit.testing.backend_programs import BackendPrograms  # noqa: E402
 from evalkit.testing.backend_resources import BackendResources  # noqa: E402
 from evalkit.testing.backend_values import BackendFunctions, BackendValues  # noqa: E402
@@ -47,6 +49,7 @@ class BackendSuite(
     BackendValues,
     BackendFunctions,
     BackendArrays,
+    BackendOutputs,
     BackendEvents,
     BackendPrograms,
     BackendResources,

@@ -16,6 +16,7 @@ from evalkit.backends import (
     Backend,
     Cancelled,
     Done,
+    DonePickled,
     Event,
     Failed,
     Lost,
@@ -124,4 +125,4 @@ class _Told:
 
 
 _DISPATCHED = "Task"
-_ENDS = {end.__name__ for end in (Done, Failed, Cancelled, Lost)}
+_ENDS = {end.__name__ for end in (Done, DonePickled, Failed, Cancelled, Lost)}

@@ -38,6 +38,7 @@ class Run:
     task: Task
     attempt: int
     running: bool = False
+    began: float | None = None  # when it was told to run
     dropped: bool = False  # it was cancelled before it started, and is to be told so
     asked: float | None = None  # when it was asked to stop
     killed: bool = False  # its end is to be told
@@ -139,7 +140,7 @@ class ScriptedBackend(Backend):
         if run is None:
             return  # a message nobody waits for
         if isinstance(event, Started):
-            run.running = True
+            run.running, run.began = True, self._time.now
         elif isinstance(event, Rerun):
             run.running = False
         elif not isinstance(event, Progress | Recorded):
@@ -164,7 +165,7 @@ class ScriptedBackend(Backend):
     def ends(self, run: Run) -> list[Event]:
         """In how many ways a running job may end."""
         job_id, now = run.task.id, self._time.now
-        measured = (now - 0.25, now, 0.1, 1000)
+        measured = (now - 0.25 if run.began is None else run.began, now, 0.1, 1000)
         causes = (JobCause.EXCEPTION, JobCause.CRASH, JobCause.MEMORY, JobCause.LOST)
         return [
             Done(job_id, ("output", job_id, run.attempt), measured, WORKER),

@@ -16,6 +16,7 @@ from evalkit.backends.process.outbox import OutboxReader
 from evalkit.backends.process.wire import NUMBERS, Frame, FrameReader, Kind, frame
 from evalkit.backends.serialization import Packer
 from evalkit.errors import SerializationError
+from evalkit.job import ErrorInfo, JobCause
 from evalkit.joblog import JobLog
 from evalkit.running import are_plain
 
@@ -45,6 +46,7 @@ class WorkerLink:
         born: when it was started, on the monotonic clock.
         listens_for_room: whether the crew waits for room in its socket.
         unreached: whether it had gone when its first task was sent, so that nobody has started that.
+        fault: why it is given up, if that is for what it has sent.
         looked_at: when what it holds back was looked for, if it has said nothing of the end of a job since.
     """
 
@@ -61,6 +63,7 @@ class WorkerLink:
         self.listens_for_room = False
         self.unreached = False
         self.looked_at: float | None = None
+        self.fault: tuple[JobCause, ErrorInfo] | None = None
         self.born = time.monotonic()
         self._sizes: dict[str, int] = {}  # of the large ones
         self._generation = 0

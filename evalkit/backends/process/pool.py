@@ -26,7 +26,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -35,6 +34,7 @@ from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
 from evalkit.backends.events import (
     Cancelled,
     Done,
+    Ended,
     Event,
     Failed,
     Lost,
@@ -43,16 +43,16 @@ from evalkit.backends.events import (
     Started,
     WorkerIdentity,
 )
-from evalkit.backends.execution import check_worker_init, describe, failed, recorded
+from evalkit.backends.execution import check_worker_init, describe, failed
 from evalkit.backends.lead import Lead
+from evalkit.backends.pickled import done, recorded
 from evalkit.backends.process.capture import can_capture
 from evalkit.backends.process.crew import Crew, describe_death
 from evalkit.backends.process.link import WorkerLink
 from evalkit.backends.process.memory import parse_bytes
-from evalkit.backends.process.setup import pack_setup
+from evalkit.backends.process.setup import Setup, pack_setup
 from evalkit.backends.process.spawner import TERM_GRACE
-from evalkit.backends.process.wire import Frame, Kind
-from evalkit.backends.serialization import loads
+from evalkit.backends.process.wire import Frame, Kind, read_done, read_measured
 from evalkit.errors import BackendError, SerializationError
 from evalkit.job import ErrorInfo, JobCause
 from evalkit.joblog import JobLog
@@ -67,7 +67,7 @@ _MAX_AHEAD_BYTES = 16 * 2**20
 _SHORT = 0.005  # seconds; who waits for jobs that take longer is not lent to the pool
 _QUIET = 0.002  # seconds; what waits longer behind a running job goes to an idle worker
 _MAX_START_FAILURES = 3  # in a row
-_DONE, _FAILED = int(Kind.DONE), int(Kind.FAILED)
+_DONE, _FAILED, _DONE_PICKLED = int(Kind.DONE), int(Kind.FAILED), int(Kind.DONE_PICKLED)
 _id = attrgetter("id")
 
 
@@ -135,7 +135,7 @@ class ProcessBackend(Backend):
     def start(self, run_function: RunFunction, emit: Emit) -> None:
         self._emit = emit
         try:
-            setup = pack_setup(run_function, self._worker_init)
+            setup = pack_setup(Setup(run_function, self._worker_init, self.job_timeout is not None))
         except SerializationError as exc:
             # The jobs fail with this, one by one; a failed job is a result.
             self._broken = describe(exc)
@@ -386,6 +386,13 @@ class ProcessBackend(Backend):
         except (EOFError, ConnectionResetError):
             self._crew.stop_listening(link)
             return
+        except MemoryError:
+            link.fault = (
+                JobCause.MEMORY,
+                ErrorInfo("MemoryError", "the main program has no memory for what it returned"),
+            )
+            self._give_up(link)
+            return
         except OSError:
             if link.number in self._crew.links:
                 raise
@@ -398,11 +405,14 @@ class ProcessBackend(Backend):
         except Exception:  # noqa: BLE001 - see below
             # What it sends makes no sense, so it is of no use any more; the job it is on fails with it.
             _log.exception("worker %s sent what cannot be read", link.number)
-            self._crew.stop_listening(link)
-            self._crew.kill(link, None)
+            self._give_up(link)
             return
         if not link.inflight and (self._stopping or (link.retiring and link.doomed is None)):
             link.send(Kind.QUIT, None)
+
+    def _give_up(self, link: WorkerLink) -> None:
+        self._crew.stop_listening(link)
+        self._crew.kill(link, None)
 
     def _take_in(self, link: WorkerLink, frames: list[Frame]) -> None:
         """Tell what these frames say of the worker and its jobs."""
@@ -414,7 +424,7 @@ class ProcessBackend(Backend):
             if durations:
                 self._adapt(durations)
                 link.move_on()
-                if link.inflight:
+                if link.inflight and not any(type(event) is Started for event in events):
                     events.append(Started(link.inflight[0].id, time.time(), link.identity))
             if events:
                 self._emit(events)
@@ -424,22 +434,25 @@ class ProcessBackend(Backend):
         for kind, _, payload, buffers in frames:
             if kind in (_DONE, _FAILED):
                 job_id = link.finish_first()
-                try:
-                    value, measured = payload if type(payload) is tuple else pickle.loads(payload, buffers=buffers)
-                except BaseException as exc:  # noqa: BLE001 - a user's __setstate__ may do anything
-                    exc.add_note("The output of the job could not be rebuilt from what the worker sent.")
-                    events.append(failed(job_id, exc, None, worker))
-                    durations.append(_AHEAD)
-                    continue
+                value, measured = payload if type(payload) is tuple else pickle.loads(payload)
                 durations.append(measured[1] - measured[0])
                 if kind == _DONE:
                     events.append(Done(job_id, value, measured, worker))
                 else:
                     events.append(Failed(job_id, JobCause.EXCEPTION, value, measured, worker))
+            elif kind == _DONE_PICKLED:
+                measured, data, arrays = read_done(payload, buffers)
+                durations.append(measured[1] - measured[0])
+                events.append(done(link.finish_first(), data, arrays, measured, worker))
+            elif kind == Kind.STARTED and link.inflight:
+                at, clock = pickle.loads(payload)
+                events.append(Started(link.inflight[0].id, at, worker, clock))
+            elif kind == Kind.ENDED and link.inflight:
+                events.append(Ended(link.inflight[0].id, read_measured(payload)))
             elif kind == Kind.PROGRESS and link.inflight:
                 events.append(Progress(link.inflight[0].id, *pickle.loads(payload)))
             elif kind == Kind.RECORD and link.inflight:
-                events.append(recorded(link.inflight[0].id, partial(loads, payload, buffers)))
+                events.append(recorded(link.inflight[0].id, payload, buffers))
             elif kind == Kind.LOG and link.inflight:
                 events.append(Printed(link.inflight[0].id, link.take_log(payload)))
             elif kind == Kind.READY:
@@ -456,7 +469,7 @@ class ProcessBackend(Backend):
             for death in self._crew.deaths():
                 link = self._crew.links.get(death.number)
                 if link is not None:
-                    self._bury(link, describe_death(link, death, self._job_memory))
+                    self._bury(link, link.fault or describe_death(link, death, self._job_memory))
             if not self._stopping and self._broken is None:
                 self._crew.fill_up()
         except EOFError:

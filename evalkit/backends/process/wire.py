@@ -24,9 +24,13 @@ __all__ = [
     "Frame",
     "FrameReader",
     "Kind",
+    "done_parts",
     "frame",
     "is_number",
     "number_into",
+    "pack_measured",
+    "read_done",
+    "read_measured",
     "small_frame",
     "small_frames",
 ]
@@ -50,7 +54,10 @@ class Kind(IntEnum):
     # worker -> pool
     READY = 6  # pid
     UNFIT = 7  # ErrorInfo: the worker cannot start
-    DONE = 8  # (output, measured)
+    STARTED = 16  # when a job started, on the clock of the system and the monotonic one; only if there is a job_timeout
+    ENDED = 17  # measured: a job has returned, and its output follows; only if there is a job_timeout
+    DONE = 8  # (output, measured), the output being a plain value
+    DONE_PICKLED = 18  # measured and a pickled output: see done_parts
     FAILED = 9  # (ErrorInfo, measured)
     PROGRESS = 10  # (progress, phase)
     RECORD = 11  # values
@@ -64,6 +71,8 @@ _DONE, _FLOAT, _INT = int(Kind.DONE), int(Kind.DONE_FLOAT), int(Kind.DONE_INT)
 _NUMBER_FRAMES = {_FLOAT: struct.Struct(_HEADER.format + "ddddQ"), _INT: struct.Struct(_HEADER.format + "qdddQ")}
 NUMBER_BYTES = _NUMBER_FRAMES[_INT].size
 
+_MEASURED = struct.Struct("<dddQ")  # start, end, CPU time, peak memory
+
 #: What comes from a worker is numbered, modulo this.
 NUMBERS = 2**16
 
@@ -73,13 +82,15 @@ NUMBERS = 2**16
 Frame = tuple[int, int, Any, tuple[memoryview, ...]]
 
 
-def frame(kind: int, payload: bytes, buffers: Sequence[memoryview] = (), tag: int = 0) -> list[bytes | memoryview]:
+def frame(
+    kind: int, payload: bytes, buffers: Sequence[bytes | memoryview] = (), tag: int = 0
+) -> list[bytes | memoryview]:
     """The parts of a frame, in the order in which they go on the wire."""
     if not buffers and len(payload) < _CHUNK:
         # One small copy is cheaper than one more buffer in the system call.
         return [small_frame(kind, payload, tag)]
     head = _HEADER.pack(kind, tag, len(buffers), len(payload))
-    return [head + b"".join(_LENGTH.pack(buffer.nbytes) for buffer in buffers), payload, *buffers]
+    return [head + b"".join(_LENGTH.pack(memoryview(buffer).nbytes) for buffer in buffers), payload, *buffers]
 
 
 def small_frame(kind: int, payload: bytes, tag: int = 0) -> bytes:
@@ -100,6 +111,39 @@ def small_frames(data: bytes) -> list[Frame]:
         start = body + length
         frames.append((kind, tag, data[body:start], ()))
     return frames
+
+
+def pack_measured(measured: Measured) -> bytes:
+    """The payload of ENDED."""
+    return _MEASURED.pack(*measured)
+
+
+def read_measured(payload: bytes) -> tuple[float, float, float, int]:
+    """The inverse of :func:`pack_measured`."""
+    return _MEASURED.unpack(payload)
+
+
+def done_parts(
+    measured: Measured, data: bytes, buffers: Sequence[memoryview], small: int
+) -> tuple[bytes, list[bytes | memoryview]]:
+    """The payload and the buffers of DONE_PICKLED.
+
+    What was measured comes before the pickle if that has no buffers and the two are smaller than ``small``: a copy is
+    cheaper then than another buffer. Otherwise it is the first buffer.
+    """
+    packed = _MEASURED.pack(*measured)
+    if not buffers and len(packed) + len(data) < small:
+        return packed + data, []
+    return data, [packed, *buffers]
+
+
+def read_done(
+    payload: bytes, buffers: Sequence[memoryview]
+) -> tuple[tuple[float, float, float, int], bytes | memoryview, Sequence[memoryview]]:
+    """The inverse of :func:`done_parts`: what was measured, the pickle, and its buffers."""
+    if not buffers:
+        return _MEASURED.unpack_from(payload), memoryview(payload)[_MEASURED.size :], ()
+    return _MEASURED.unpack(buffers[0]), payload, buffers[1:]
 
 
 def is_number(value: Any) -> bool:

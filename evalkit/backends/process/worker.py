@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from evalkit.backends.events import Measured
@@ -31,11 +32,13 @@ from evalkit.backends.process.wire import (
     Frame,
     FrameReader,
     Kind,
+    done_parts,
     frame,
     is_number,
+    pack_measured,
     small_frame,
 )
-from evalkit.backends.serialization import Packer, explain, loads
+from evalkit.backends.serialization import Packer, loads
 from evalkit.errors import SerializationError
 from evalkit.job import ErrorInfo
 from evalkit.running import SCALARS, RunningJob, is_coroutine_function
@@ -168,6 +171,8 @@ class _Worker:
                 self._outbox.put_number(output, measured, self._next_number())
                 self._flush_if_due()
             return
+        if self._timed:
+            self.send(Kind.ENDED, pack_measured(measured))  # before a large output is pickled, which may take long
         kind, payload, buffers = self._packed(output, error, measured)
         if buffers or len(payload) >= SMALL:
             self.send(kind, payload, buffers)
@@ -177,16 +182,17 @@ class _Worker:
             self._outbox.put(small_frame(kind, payload, self._next_number()))
             self._flush_if_due()
 
-    def _packed(self, output: Any, error: ErrorInfo | None, measured: Measured) -> tuple[int, bytes, list[memoryview]]:
+    def _packed(
+        self, output: Any, error: ErrorInfo | None, measured: Measured
+    ) -> tuple[int, bytes, Sequence[bytes | memoryview]]:
         """The kind, payload and buffers of a result."""
         if error is None:
             if type(output) in SCALARS:
                 return Kind.DONE, pickle.dumps((output, measured), 5), []
             try:
-                return Kind.DONE, *self._packer.pack((output, measured))
+                return Kind.DONE_PICKLED, *done_parts(measured, *self._packer.pack(output), SMALL)
             except SerializationError as exc:
-                # Of the output alone, so that the path starts at what the user returned.
-                error = describe(explain(output, "output", exc.__cause__ or exc))
+                error = describe(exc)
         return Kind.FAILED, pickle.dumps((error, measured), 5), []
 
     def _flush_if_due(self) -> None:
@@ -286,10 +292,11 @@ class _Worker:
         while not frames:
             frames = self._reader.read()
         try:
-            self._function, worker_init = load_setup(*frames[0][2:])
+            setup = load_setup(*frames[0][2:])
+            self._function, self._timed = setup.run_function, setup.timed
             self._is_async = is_coroutine_function(self._function)
-            if worker_init is not None:
-                self._state = worker_init()
+            if setup.worker_init is not None:
+                self._state = setup.worker_init()
         except BaseException as exc:  # noqa: BLE001 - it goes to the pool, which says so to the user
             self.send(Kind.UNFIT, pickle.dumps(describe(exc), 5))
             self._quit = True
@@ -303,6 +310,8 @@ class _Worker:
         channel.begin(job_id)
         if resources is not None:
             os.environ.update(environment(resources))  # each time: jobs may have changed it
+        if self._timed:
+            self.send(Kind.STARTED, pickle.dumps((time.time(), time.monotonic()), 5))
         if type(args) is dict and not self._is_async:
             job = RunningJob(args, job_id, attempt, channel, self._state, resources)
             output, error, measured = self._meter.run(self._function, job)
