@@ -343,6 +343,10 @@ class Evaluator:
         Args:
             job: a job that ``submit`` returned, or parameters, which are then submitted.
 
+        An await that is cancelled, as by ``asyncio.timeout``, gathers nothing: the job stays with the evaluator,
+        and the next gather, or another ``execute``, returns it. A job that was given as parameters is cancelled then,
+        since nobody holds it; the next gather returns it as well.
+
         Returns:
             the job, ended and in the storage; no later ``gather`` returns it.
         """
@@ -350,22 +354,20 @@ class Evaluator:
         from evalkit.engine.awaiting import Awaiter
 
         if self._awaiter is None:
-            self._awaiter = Awaiter(self._backend.runs_in_caller)
-        awaiter = self._awaiter
-        if not isinstance(job, Job):
-            (job,) = await awaiter.call(self.submit, [job])
-        await awaiter.end_of(job)
-        await awaiter.call(self._take, job)
-        return job
+            lend = self._backend.runs_in_caller
+            self._awaiter = Awaiter(self.submit, self._take, self._scheduler.put_back, lend)
+        return await self._awaiter.execute(job)
 
-    def _take(self, job: Job) -> None:
-        """Gather this one, unless somebody has."""
-        if self._scheduler.take(job):
-            try:
-                self._hand_over([job])
-            except BaseException:
-                self._scheduler.put_back(job)
-                raise
+    def _take(self, job: Job) -> bool:
+        """Gather this one; say whether nobody had."""
+        if not self._scheduler.take(job):
+            return False
+        try:
+            self._hand_over([job])
+        except BaseException:
+            self._scheduler.put_back(job)
+            raise
+        return True
 
     # -- budget ---------------------------------------------------------------------------------------------------
 

@@ -7,40 +7,74 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 from evalkit.job import Job
 
 __all__ = ["Awaiter"]
 
 _log = logging.getLogger("evalkit")
-_T = TypeVar("_T")
 
 _THREADS = 4  # for calls that may block for a moment, on a storage or on callbacks
 
 
 class Awaiter:
-    """Waits for the ends of jobs on behalf of coroutines; a thousand of them cost no thread.
+    """Waits for jobs on behalf of coroutines; a thousand of them cost no thread.
 
     Args:
+        submit: ``submit([parameters])`` returns the jobs.
+        take: ``take(job)`` gathers a job that has ended; returns whether nobody had before.
+        put_back: ``put_back(job)`` undoes that.
         lend: whether jobs run in the thread that waits for them; one thread, which lives while there are such jobs,
             then does.
     """
 
-    def __init__(self, lend: bool) -> None:
+    def __init__(
+        self,
+        submit: Callable[[list[Mapping[str, Any]]], list[Job]],
+        take: Callable[[Job], bool],
+        put_back: Callable[[Job], None],
+        lend: bool,
+    ) -> None:
+        self._submit = submit
+        self._take = take
+        self._put_back = put_back
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="evalkit-await")
         self._lend = lend
         self._lock = threading.Lock()
         self._lent: deque[Job] = deque()
         self._lending = False
 
-    async def call(self, function: Callable[..., _T], *args: Any) -> _T:
-        """Call something that may block, in a thread of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+    async def execute(self, job: Job | Mapping[str, Any]) -> Job:
+        """Gather one job, or that of these parameters; see :meth:`evalkit.Evaluator.execute`."""
+        if isinstance(job, Job):
+            return await self._gather(job)
+        submitting = self._threads.submit(self._submit, [job])
+        try:
+            (own,) = await asyncio.wrap_future(submitting)
+            return await self._gather(own)
+        except BaseException:  # the await was cancelled, and nobody else has the job
+            submitting.add_done_callback(_cancel_jobs)
+            raise
 
-    async def end_of(self, job: Job) -> None:
+    async def _gather(self, job: Job) -> Job:
+        await self._end_of(job)
+        taking = self._threads.submit(self._take, job)
+        try:
+            await asyncio.wrap_future(taking)
+        except BaseException:  # the await was cancelled, and the thread may have taken the job all the same
+            taking.add_done_callback(partial(self._hand_back, job))
+            raise
+        return job
+
+    def _hand_back(self, job: Job, taking: Future[bool]) -> None:
+        if not taking.cancelled() and taking.exception() is None and taking.result():
+            self._put_back(job)
+
+    async def _end_of(self, job: Job) -> None:
         """Return when the job has ended."""
         if job.wait(0):
             return
@@ -82,3 +116,9 @@ class Awaiter:
                 job.wait()
             except BaseException:  # noqa: BLE001 - a run function may do anything; the next one waits
                 _log.exception("the thread that runs awaited jobs met an error")
+
+
+def _cancel_jobs(submitting: Future[list[Job]]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        for job in submitting.result():
+            job.cancel()
