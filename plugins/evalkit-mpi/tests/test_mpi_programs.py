@@ -253,7 +253,7 @@ def test_without_an_mpi_library_the_error_says_how_to_get_one(program):
     program.env["MPI4PY_LIBMPI"] = "/nowhere/libmpi.so"
     done = program.script(1, HEAD + "    Evaluator.create(run, 'mpicomm')\n")
     assert done.returncode == 1
-    assert "pip install 'evalkit-mpi[mpich]'" in done.stderr
+    assert "pip install 'mpich>=4.2'" in done.stderr
 
 
 def test_an_evaluator_that_the_root_cannot_create_is_an_error_on_every_rank(program):

@@ -12,6 +12,8 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import mpi4py  # noqa: F401 - it starts no MPI; where it is missing, evalkit says which line installs it
+
 from evalkit.backends import Capabilities, Emit, Event, ExecutorBackend, Failed, RunFunction, SideChannel
 from evalkit.errors import BackendError
 
@@ -187,8 +189,8 @@ def load_mpi() -> ModuleType:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as exc:
         raise BackendError(
-            f"mpicomm needs an MPI library, and mpi4py found none ({exc}): pip install 'evalkit-mpi[mpich]', or on a "
-            "cluster load its MPI module"
+            f"mpicomm needs an MPI library, and mpi4py found none ({exc}): pip install 'mpich>=4.2', or on a cluster "
+            "load its MPI module"
         ) from exc
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise BackendError(

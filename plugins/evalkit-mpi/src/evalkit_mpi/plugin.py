@@ -15,7 +15,7 @@ def evalkit_backends() -> list[BackendSpec]:
         BackendSpec(
             "mpicomm",
             "evalkit_mpi.backend:MPICommBackend",
-            install="pip install evalkit-mpi",
+            install="pip install 'mpi4py>=4.0'",
             summary="the ranks of an MPI program",
         )
     ]
