@@ -79,9 +79,10 @@ class Database:
             engine = sa.create_engine(
                 address.url, poolclass=NullPool, **({"paramstyle": "named"} if self._is_sqlite else {})
             )
-        except ModuleNotFoundError as exc:
+        except ImportError as exc:  # psycopg is missing, or the library that it calls is
             raise PluginNotInstalledError(
-                "the storage 'postgresql' needs its driver: pip install 'evalkit[postgresql]'", "postgresql"
+                f"the storage 'postgresql' needs the driver psycopg ({exc}): pip install 'psycopg[binary]>=3.2'",
+                "postgresql",
             ) from exc
         self._dialect: Any = engine.dialect
         self._error: type[Exception] = self._dialect.loaded_dbapi.Error
