@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from evalkit.hookspecs import BackendSpec, StorageSpec, hookimpl
 
-__all__ = ["KNOWN_BACKENDS", "KNOWN_STORAGES", "evalkit_backends", "evalkit_storages"]
+__all__ = ["KNOWN_BACKENDS", "evalkit_backends", "evalkit_storages"]
 
-#: Plugins of this project: name -> the line that installs it.
+#: Plugins of this project, which are in its repository: name -> what to type where.
 KNOWN_BACKENDS: Mapping[str, str] = {
-    "loky": "pip install evalkit-loky",
-    "ray": "pip install evalkit-ray",
-    "mpicomm": "pip install evalkit-mpi",
+    "loky": "in a clone of evalkit: pip install ./plugins/evalkit-loky",
+    "ray": "in a clone of evalkit: pip install ./plugins/evalkit-ray",
+    "mpicomm": "in a clone of evalkit: pip install ./plugins/evalkit-mpi",
 }
-KNOWN_STORAGES: Mapping[str, str] = {"redis": "pip install evalkit-redis", "rediss": "pip install evalkit-redis"}
 
 
 @hookimpl
@@ -35,7 +34,7 @@ def evalkit_storages() -> Sequence[StorageSpec]:
         StorageSpec(
             "postgresql",
             "evalkit.storage.sql:SQLStorage",
-            install="pip install 'evalkit[postgresql]'",
+            install="pip install 'psycopg[binary]>=3.2'",
             summary="a PostgreSQL server",
         ),
     ]

@@ -4,14 +4,14 @@ A plugin is a module that implements some of them, named by an entry point in th
 
     # pyproject.toml
     [project.entry-points.evalkit]
-    slurm = "evalkit_slurm.plugin"
+    dask = "evalkit_dask.plugin"
 
-    # evalkit_slurm/plugin.py
+    # evalkit_dask/plugin.py
     from evalkit.hookspecs import BackendSpec, hookimpl
 
     @hookimpl
     def evalkit_backends():
-        return [BackendSpec("slurm", "evalkit_slurm.backend:SlurmBackend", install="pip install evalkit-slurm")]
+        return [BackendSpec("dask", "evalkit_dask.backend:DaskBackend", install="pip install distributed")]
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ class _Table(Generic[Spec]):
     """The specs of one kind: name -> (spec, origin)."""
 
     kind: str
-    known: Mapping[str, str]
+    unknown: str  # what is said of a name that is not there
+    known: Mapping[str, str] = field(default_factory=dict)
     specs: dict[str, tuple[Spec, Origin]] = field(default_factory=dict)
 
 
@@ -81,11 +82,11 @@ class Plugins:
         self._manager.add_hookspecs(hookspecs)
         self.hook = self._manager.hook
         self.broken: list[BrokenPlugin] = []
-        self._backends: _Table[BackendSpec] = _Table("backend", builtin.KNOWN_BACKENDS)
-        self._storages: _Table[StorageSpec] = _Table("storage", builtin.KNOWN_STORAGES)
+        self._backends: _Table[BackendSpec] = _Table("backend", "no backend is called {!r}", builtin.KNOWN_BACKENDS)
+        self._storages: _Table[StorageSpec] = _Table("storage", "no storage for {}:// is installed")
         import importlib.metadata  # slow, and needed here only
 
-        self._add(Origin("evalkit", "evalkit", __version__), builtin)
+        self._add(Origin("evalkit", "evalkit-core", __version__), builtin)
         for entry_point in importlib.metadata.entry_points(group=hookspecs.PROJECT):
             dist = entry_point.dist
             origin = Origin(entry_point.name, dist.name if dist else "?", dist.version if dist else "?")
@@ -182,19 +183,19 @@ class Plugins:
             return table.specs[name][0]
         for broken in self.broken:
             known = table.known.get(name, "")
-            if broken.origin.name == name or known.endswith(f" {broken.origin.distribution}"):
+            if broken.origin.name == name or known.endswith(f"/{broken.origin.distribution}"):
                 raise BrokenPluginError(
                     f"the {table.kind} {name!r} comes from the plugin {broken.origin.name} "
                     f"({broken.origin.distribution} {broken.origin.version}), which does not load: {broken.reason}",
                     name,
                 )
         if name in table.known:
-            raise PluginNotInstalledError(f"the {table.kind} {name!r} is not installed: {table.known[name]}", name)
+            raise PluginNotInstalledError(f"the {table.kind} {name!r} is not installed; {table.known[name]}", name)
         candidates = sorted({*table.specs, *table.known})
         hint = "".join(f"; the plugin {broken.origin.name} does not load ({broken.reason})" for broken in self.broken)
         raise UnknownPluginError(
-            f"no {table.kind} is called {name!r}{close_match(name, candidates)}; "
-            f"there are: {', '.join(candidates)}{hint}",
+            f"{table.unknown.format(name)}{close_match(name, candidates)}; "
+            f"there are: {', '.join(candidates)}; a plugin may bring others{hint}",
             name,
         )
 

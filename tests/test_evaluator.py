@@ -32,7 +32,6 @@ from evalkit.errors import (
     GatherInCallbackError,
     MaximumJobsSpawnReached,
     ParametersError,
-    PluginNotInstalledError,
     SearchNotFoundError,
     SearchStoppedError,
     StorageUnavailableError,
@@ -77,8 +76,8 @@ def test_an_unknown_method_is_answered_with_the_close_match(method: str, words: 
     assert caught.value.plugin == method
 
 
-def test_a_known_plugin_that_is_missing_is_answered_with_the_line_that_installs_it() -> None:
-    with pytest.raises(PluginNotInstalledError, match="'redis' is not installed: pip install evalkit-redis"):
+def test_a_storage_that_is_not_installed_is_answered_with_those_that_are() -> None:
+    with pytest.raises(StorageURLError, match=r"no storage for redis:// is installed; there are: .*sqlite"):
         Evaluator.create(echo, "serial", {"storage": "redis://localhost"})
 
 

@@ -50,7 +50,8 @@ class BackendSpec:
         target: ``"package.module:Class"``, a :class:`Backend`. The keyword-only parameters of its ``__init__`` are
             the options
             that users may give; everything else is refused before anything starts.
-        install: the command that installs what it needs.
+        install: the command that installs what the target imports, such as ``pip install distributed``. Errors show
+            it to users in any folder.
         summary: one line for ``evalkit plugins``.
     """
 

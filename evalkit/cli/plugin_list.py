@@ -19,6 +19,8 @@ def list_plugins(
 ) -> None:
     """List backends and storages: where each comes from, what it can do, and what is broken and why."""
     with reported():
+        import importlib.metadata
+
         from evalkit import builtin
         from evalkit.backends.base import Capabilities
         from evalkit.errors import PluginError
@@ -38,19 +40,21 @@ def list_plugins(
             rows.append([name, "backend", origin.distribution, origin.version, abilities, backend.summary])
         for scheme, (storage, origin) in found.storages.items():
             rows.append([f"{scheme}://", "storage", origin.distribution, origin.version, "", storage.summary])
-        for kind, known, there in (
-            ("backend", builtin.KNOWN_BACKENDS, found.backends),
-            ("storage", builtin.KNOWN_STORAGES, found.storages),
-        ):
-            rows += [
-                [name if kind == "backend" else f"{name}://", kind, "not installed", "", "", install]
-                for name, install in known.items()
-                if name not in there
-            ]
+        rows += [
+            [name, "backend", "not installed", "", "", install]
+            for name, install in builtin.KNOWN_BACKENDS.items()
+            if name not in found.backends
+        ]
         for broken in found.broken:
             origin = broken.origin
             rows.append([origin.name, "broken", origin.distribution, origin.version, "", broken.reason])
         print_table(["name", "kind", "origin", "version", "capabilities", "summary"], rows)
+        for version in sorted({other.version for other in importlib.metadata.distributions(name="evalkit")}):
+            err().print(
+                f"the distribution evalkit {version} is installed here too, with a package of the same name as "
+                "evalkit-core: pip uninstall evalkit, then install evalkit-core again (in a clone of evalkit: "
+                "pip install .)"
+            )
         if tracebacks:
             for broken in found.broken:
                 err().print(f"\n{broken.origin.name} ({broken.origin.distribution} {broken.origin.version}):")

@@ -19,7 +19,7 @@ class StorageSpec:
     Attributes:
         scheme: of its URLs, such as ``redis`` in ``redis://host``. A driver after ``+`` is the storage's own business.
         target: ``"package.module:Class"``; the class is opened with ``Class.from_url(url)``.
-        install: the command that installs what it needs.
+        install: the command that installs what the target imports, as in :class:`~evalkit.backends.BackendSpec`.
         summary: one line for ``evalkit plugins``.
     """
 

@@ -119,7 +119,7 @@ BAD = [
     (["--random", "0", "--space", "x=0:1"], "at least 1"),
     (["--grid", "x=1", "--seed", "1"], "--seed is for --random"),
     (["--grid", "x=1", "-b", "proces"], "did you mean 'process'"),
-    (["--grid", "x=1", "--storage", "redis://localhost"], "pip install evalkit-redis"),
+    (["--grid", "x=1", "--storage", "redis://localhost"], "no storage for redis:// is installed"),
     (["--grid", "x=1", "-b", "serial", "--option", "foo=1"], "no option 'foo'"),
     (["--grid", "x=1", "--option", "foo"], "KEY=VALUE"),
     (["--grid", "x=1", "--option", "num_workers=2"], "use --workers"),

@@ -14,7 +14,6 @@ def evalkit_backends() -> list[BackendSpec]:
         BackendSpec(
             "subprocess",
             "evalkit_subprocess.backend:SubprocessBackend",
-            install="pip install evalkit-subprocess",
             summary="each job is a command",
         )
     ]

@@ -15,7 +15,7 @@ def evalkit_backends() -> Sequence[BackendSpec]:
         BackendSpec(
             "loky",
             "evalkit_loky.backend:LokyBackend",
-            install="pip install evalkit-loky",
+            install="pip install 'loky>=3.4'",
             summary="worker processes of loky",
         )
     ]

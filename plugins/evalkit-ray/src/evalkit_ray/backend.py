@@ -166,7 +166,8 @@ class RayBackend(ExecutorBackend):
         if isinstance(exc, _LOSSES):
             return Fault(Reach.CALL, JobCause.LOST, ErrorInfo(kind, str(exc)))
         if isinstance(exc, RayTaskError):
-            message = f"{exc}\nRay's workers need evalkit and evalkit-ray as they are here: install them on each node"
+            needed = "evalkit-core and evalkit-ray as they are here: install them on each node"
+            message = f"{exc}\nRay's workers need {needed}"
             return Fault(Reach.CALL, JobCause.EXCEPTION, ErrorInfo(kind, message))
         return super().blame(exc)
 

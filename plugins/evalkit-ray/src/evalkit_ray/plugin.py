@@ -15,7 +15,7 @@ def evalkit_backends() -> Sequence[BackendSpec]:
         BackendSpec(
             "ray",
             "evalkit_ray.backend:RayBackend",
-            install="pip install evalkit-ray",
+            install="pip install 'ray>=2.60'",
             summary="tasks of Ray, on a cluster or on this machine",
         )
     ]
