@@ -41,7 +41,18 @@ ROOT = Path(__file__).resolve().parent.parent
 THIRD_PARTY = {
     *("cloudpickle", "pluggy", "psutil", "psycopg", "rich", "sqlalchemy", "tqdm", "typer"),
     *("distributed", "loky", "mpi4py", "mpich", "ray"),
-    *("hatchling", "hypothesis", "import-linter", "joblib", "mypy", "numpy", "pgserver", "pytest", "pytest-timeout"),
+    *(
+        "hatchling",
+        "hypothesis",
+        "import-linter",
+        "joblib",
+        "mypy",
+        "numpy",
+        "pandas",
+        "pgserver",
+        "pytest",
+        "pytest-timeout",
+    ),
     *("pytest-xdist", "ruff", "scikit-learn", "types-psutil", "types-tqdm"),
 }
 
