@@ -17,8 +17,11 @@ __all__ = ["Clock"]
 _log = logging.getLogger("evalkit")
 
 
-_LATE = 0.1  # seconds by which its thread wakes up too late, if the program could not run
-_CATCH_UP = 0.25  # seconds that the program then has to read what has come meanwhile
+_LATE = 0.1  # seconds by which a call is late if the program could not run
+_CATCH_UP = 0.25  # seconds that the program has then to read what has come meanwhile
+_POSTPONEMENTS = 5  # of one call, at most
+
+_Entry = tuple[float, int, Callable[..., None], tuple[Any, ...], int]  # the last is how often it may be postponed
 
 
 class Clock:
@@ -30,29 +33,31 @@ class Clock:
 
     def __init__(self, name: str = "evalkit-clock") -> None:
         self._name = name
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._heap: list[_Entry] = []
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._stood_still = 0.0
-
-    def time(self) -> float:
-        """Seconds on the monotonic clock, less those in which this program could not run, as far as was noticed.
-
-        A program may be stopped by Ctrl-Z, or one of its threads may hold the interpreter. What has come from workers
-        meanwhile is read only afterwards, so a limit that is judged by this clock waits for that.
-        """
-        return time.monotonic() - self._stood_still
 
     def call_later(self, delay: float, function: Callable[..., None], *args: Any) -> None:
         """Have ``function(*args)`` called after ``delay`` seconds, ``math.inf`` being never.
 
         After :meth:`close` nothing is called.
         """
+        self._add(delay, function, args, 0)
+
+    def judge_later(self, delay: float, function: Callable[..., None], *args: Any) -> None:
+        """As :meth:`call_later`, for a call that judges whether something has come in time.
+
+        The program may be stopped by Ctrl-Z, or one of its threads may hold the interpreter. What has come meanwhile is
+        read only afterwards; so a call that is late for this reason is made a moment later still, a few times at most.
+        """
+        self._add(delay, function, args, _POSTPONEMENTS)
+
+    def _add(self, delay: float, function: Callable[..., None], args: tuple[Any, ...], postponements: int) -> None:
         if delay == math.inf:
             return
-        entry = (time.monotonic() + delay, next(self._order), function, args)
+        entry = (time.monotonic() + delay, next(self._order), function, args, postponements)
         with self._changed:
             if self._closed:
                 return
@@ -77,14 +82,15 @@ class Clock:
         while True:
             with self._changed:
                 while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
-                    due = self._heap[0][0] if self._heap else math.inf
-                    self._changed.wait(min(max(0.0, due - time.monotonic()), threading.TIMEOUT_MAX))
-                    late = time.monotonic() - due
-                    if late > _LATE:
-                        self._stood_still += late + _CATCH_UP
+                    left = self._heap[0][0] - time.monotonic() if self._heap else math.inf
+                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
                 if self._closed:
                     return
-                _, _, function, args = heapq.heappop(self._heap)
+                due, order, function, args, postponements = heapq.heappop(self._heap)
+                now = time.monotonic()
+                if postponements and now - due > _LATE:
+                    heapq.heappush(self._heap, (now + _CATCH_UP, order, function, args, postponements - 1))
+                    continue
             try:
                 function(*args)
             except BaseException:  # noqa: BLE001 - the clock goes on, whatever it calls

@@ -17,9 +17,6 @@ __all__ = ["Endings"]
 class Endings:
     """Asks runs to stop, on a cancel or when their time is over, and kills those that do not.
 
-    Times are those of the timers' clock, which stands still while the program cannot run: what has come from workers
-    meanwhile is read before a run is judged.
-
     Args:
         lock: of the scheduler.
         job_timeout: seconds that a run may take; None for no limit.
@@ -87,40 +84,35 @@ class Endings:
     def ask(self, job: Job, attempt: int) -> None:
         """Without the lock: ask a run that is in :attr:`dooms` to stop, and see to it that it does."""
         self._backend.cancel(job.id, kill=False)
-        self._kill_at(self._timers.time() + self._patience, job, attempt)
+        self._timers.judge_later(self._patience, self._kill, job, attempt)
 
     def _in_time(self, measured: Measured) -> bool:
         start, end = measured[0], measured[1]
         return end is not None and end - start < self._job_timeout < math.inf
 
-    def _kill_at(self, due: float, job: Job, attempt: int) -> None:
-        """Kill a run when its patience is over, if it goes on then."""
+    def _kill(self, job: Job, attempt: int) -> None:
         with self._lock:
             if job.id not in self.dooms or job.attempt != attempt:
                 return  # it is over; what runs by now is another attempt
-        left = due - self._timers.time()
-        if left > 0:
-            self._timers.call_later(left, self._kill_at, due, job, attempt)
-        else:
-            self._backend.cancel(job.id, kill=True)
+        self._backend.cancel(job.id, kill=True)
 
     def _set_limit(self, job: Job, seconds: float, reason: str) -> None:
-        due = self._timers.time() + seconds
+        due = time.monotonic() + seconds
         self._limits[job.id] = due, job, reason
         if due < self._next_check:
             self._next_check = due
-            self._timers.call_later(max(0.0, seconds), self._check_limits)
+            self._timers.judge_later(max(0.0, seconds), self._check_limits)
 
     def _check_limits(self) -> None:
         out_of_time: list[tuple[Job, int]] = []
         with self._lock:
-            now = self._timers.time()
+            now = time.monotonic()
             for due, job, reason in list(self._limits.values()):
                 if due <= now:
                     out_of_time.append((job, job.attempt))
                     del self._limits[job.id]
                     self.dooms.setdefault(job.id, reason)
             self._next_check = min((due for due, _, _ in self._limits.values()), default=math.inf)
-            self._timers.call_later(max(0.0, self._next_check - now), self._check_limits)
+            self._timers.judge_later(max(0.0, self._next_check - now), self._check_limits)
         for job, attempt in out_of_time:
             self.ask(job, attempt)

@@ -102,7 +102,7 @@ class UnpicklingThread:
     def _watch(self, delay: float) -> None:
         if not self._is_watched:
             self._is_watched = True
-            self._timers.call_later(delay, self._check)
+            self._timers.judge_later(delay, self._check)
 
     def _check(self) -> None:
         """Give up what takes too long. Called by the timers, for as long as there is something to look after."""

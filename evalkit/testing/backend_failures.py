@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -262,6 +264,16 @@ class BackendTimeouts(BackendFixtures):
         jobs = evaluator.submit([{"seconds": 0.35}] * 4)
         in_background(evaluator.gather, "ALL").result(BOUND)
         assert [job.state for job in jobs] == [JobState.DONE] * 4, "together they took longer than one may"
+
+    def test_a_program_that_cannot_run_for_a_while_fails_no_job(self, make: Make) -> None:
+        evaluator = make(functions.nap, num_workers=2, job_timeout=0.75)
+        evaluator.submit([{"seconds": 0.0}] * 2)
+        in_background(evaluator.gather, "ALL").result(BOUND)
+        jobs = evaluator.submit([{"seconds": 0.25}] * 2)
+        with gathering(evaluator):
+            time.sleep(0.1)
+            ctypes.PyDLL(None).usleep(1_500_000)  # no other thread of this process runs meanwhile
+        assert [(job.state, job.cause) for job in jobs] == [(JobState.DONE, None)] * 2
 
     def test_a_job_that_heeds_the_request_keeps_what_it_recorded(self, make: Make, files: Files) -> None:
         self.need(self.can.streams, "stop requests")

@@ -1,0 +1,127 @@
+"""``job_timeout`` is a limit on the run: not on how soon the program hears of its end."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from evalkit import Evaluator, JobCause, JobState
+from evalkit.backends import Backend, Done, Failed, Started, Task
+from evalkit.job import ErrorInfo
+from evalkit.testing.backend_fixtures import BOUND, eventually, in_background
+
+_STOPPED = """
+    import json, os, subprocess, sys, time
+    from evalkit import Evaluator
+
+    def run(job):
+        time.sleep(job["seconds"])
+        return {"objective": 1.0, "metadata": {"type": int}}
+
+    if __name__ == "__main__":
+        with Evaluator.create(run, sys.argv[1], {"num_workers": 2, "job_timeout": 1.0, "grace": 0.5}) as evaluator:
+            evaluator.submit([{"seconds": 0.0}] * 2)
+            evaluator.gather("ALL")
+            jobs = evaluator.submit([{"seconds": 0.3}, {"seconds": 60.0}])
+            time.sleep(0.1)
+            subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 2; kill -CONT {os.getpid()}"])
+            evaluator.gather("ALL")
+            print(json.dumps([(job.state, job.cause) for job in jobs]))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("method", ["thread", "process"])
+def test_a_program_that_was_stopped_fails_only_what_took_too_long(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(_STOPPED))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), method],
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [["DONE", None], ["FAILED", "TIMEOUT"]]
+
+
+def test_a_job_that_hangs_fails_though_the_program_is_held_up_again_and_again() -> None:
+    with Evaluator.create(_hang, "process", {"job_timeout": 0.5, "grace": 0.5}) as evaluator:
+        (job,) = evaluator.submit([{}])
+        deadline = time.monotonic() + BOUND
+        while not job.wait(0.1) and time.monotonic() < deadline:
+            ctypes.PyDLL(None).usleep(400_000)
+        assert (job.state, job.cause) == (JobState.FAILED, JobCause.TIMEOUT)
+
+
+def _hang(job: object) -> None:
+    time.sleep(10 * BOUND)
+
+
+class _Told(Backend):
+    """Says of its one job what the test says."""
+
+    def start(self, run_function, emit) -> None:
+        self.emit = emit
+        self.tasks: list[Task] = []
+        self.asked: list[bool] = []
+
+    def dispatch(self, tasks: Sequence[Task]) -> None:
+        self.tasks += tasks
+
+    def cancel(self, job_id: str, kill: bool) -> None:
+        self.asked.append(kill)
+
+    def stop(self, grace: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("took", "state", "cause"), [(0.1, JobState.DONE, None), (9.0, JobState.FAILED, JobCause.TIMEOUT)]
+)
+def test_a_run_that_ended_in_time_counts_though_it_was_asked_to_stop(
+    took: float, state: JobState, cause: JobCause | None
+) -> None:
+    backend = _Told(1)
+    with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
+        (job,) = evaluator.submit([{}])
+        backend.emit([Started(job.id, time.time())])
+        eventually(lambda: backend.asked, "the request to stop")
+        now = time.time()
+        backend.emit([Done(job.id, "output", (now - took, now, None, None))])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+    assert (job.state, job.cause, job.output) == (state, cause, "output")
+
+
+def test_an_exception_that_came_in_time_is_told_as_that() -> None:
+    backend = _Told(1)
+    with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
+        (job,) = evaluator.submit([{}])
+        backend.emit([Started(job.id, time.time())])
+        eventually(lambda: backend.asked, "the request to stop")
+        now = time.time()
+        error = ErrorInfo("ValueError", "no")
+        backend.emit([Failed(job.id, JobCause.EXCEPTION, error, (now - 0.1, now, None, None))])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+    assert (job.cause, job.error) == (JobCause.EXCEPTION, error)
+
+
+def test_the_time_counts_from_when_the_worker_says_that_the_job_started() -> None:
+    backend = _Told(1)
+    with Evaluator(_hang, backend, job_timeout=BOUND, grace=BOUND) as evaluator:
+        (job,) = evaluator.submit([{}])
+        backend.emit([Started(job.id, time.time())])
+        assert not backend.asked
+        backend.emit([Started(job.id, time.time(), None, time.monotonic() - 2 * BOUND)])
+        eventually(lambda: backend.asked, "the request to stop")
+        backend.emit([Done(job.id, 1)])
+    assert job.cause is JobCause.TIMEOUT
