@@ -94,8 +94,9 @@ class Backend(ABC):
 
     What a backend guarantees, and :class:`evalkit.testing.BackendSuite` checks:
 
-    - Every task that was dispatched ends by exactly one of ``Done``, ``Failed``, ``Cancelled`` and ``Lost``, unless
-      ``stop`` comes first. After that, nothing more is emitted for that run, except ``Released`` if it was abandoned.
+    - Every task that was dispatched ends by exactly one of ``Done``, ``DonePickled``, ``Failed``, ``Cancelled`` and
+      ``Lost``, unless ``stop`` comes first. After that, nothing more is emitted for that run, except ``Released`` if it
+      was abandoned.
     - ``Started`` comes when a run starts, since ``job_timeout`` counts from it. It may be left out where the end is
       told at once, with what was measured.
     - ``Rerun`` takes a run back that was told of, and was not asked to stop; the task is then as if just dispatched.

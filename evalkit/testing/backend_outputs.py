@@ -26,12 +26,12 @@ _LIMIT = 0.5  # seconds
 class BackendOutputs(BackendFixtures):
     """What comes from a worker harms the job that it is of, and no other."""
 
-    @pytest.fixture(autouse=True)
-    def _come_from_elsewhere(self) -> None:
-        self.need(not self.can.same_memory, "memory of its own")
+    def _need_rebuilding(self) -> None:
+        self.need(not self.can.same_memory, "memory of its own, so nothing is rebuilt")
 
     @pytest.mark.parametrize("how", ["raises", "exits", "is interrupted", "has no memory"])
     def test_an_output_that_cannot_be_rebuilt_fails_its_job(self, make: Make, how: str) -> None:
+        self._need_rebuilding()
         evaluator = make(_misbehave, num_workers=2)
         jobs = evaluator.submit([{"how": how} if x == 3 else {"x": x} for x in range(8)])
         assert in_background(evaluator.gather, "ALL").result(BOUND) == jobs
@@ -42,6 +42,7 @@ class BackendOutputs(BackendFixtures):
 
     @pytest.mark.parametrize("how", ["hangs", "loops"])
     def test_an_output_that_takes_for_ever_fails_its_job_alone(self, make: Make, how: str) -> None:
+        self._need_rebuilding()
         evaluator = make(_misbehave, num_workers=2, output_timeout=_LIMIT)
         jobs = evaluator.submit([{"how": how}, *({"x": x} for x in range(8))])
         # While it is being rebuilt, everything else goes on.
@@ -54,6 +55,7 @@ class BackendOutputs(BackendFixtures):
         assert {job.state for job in jobs} == {JobState.DONE}
 
     def test_an_output_that_takes_for_ever_does_not_hold_up_the_end(self, make: Make) -> None:
+        self._need_rebuilding()
         evaluator = make(_misbehave, num_workers=2, output_timeout=BOUND)
         (job, other) = evaluator.submit([{"how": "hangs"}, {"x": 1}])
         other.wait(BOUND)
@@ -64,6 +66,7 @@ class BackendOutputs(BackendFixtures):
 
     @pytest.mark.parametrize("how", ["raises", "hangs"])
     def test_a_record_that_cannot_be_rebuilt_says_so_in_its_place(self, make: Make, how: str) -> None:
+        self._need_rebuilding()
         evaluator = make(_record_what_misbehaves, output_timeout=_LIMIT)
         (job,) = evaluator.submit([{"how": how}])
         in_background(evaluator.gather, "ALL").result(BOUND)
@@ -74,6 +77,7 @@ class BackendOutputs(BackendFixtures):
 
     def test_the_time_of_a_job_ends_when_its_function_returns(self, make: Make) -> None:
         """What it takes to send the output and to rebuild it is not the job's."""
+        self._need_rebuilding()
         evaluator = make(_take_long_to_pickle, job_timeout=1.5)
         evaluator.submit([{"seconds": 0.0}])  # whose time may have the start of the worker in it
         in_background(evaluator.gather, "ALL").result(BOUND)
@@ -83,6 +87,7 @@ class BackendOutputs(BackendFixtures):
         assert job.metadata["duration"] < 1.5
 
     def test_an_output_that_never_arrives_fails_its_job(self, make: Make) -> None:
+        self._need_rebuilding()
         self.need(self.can.kills_running, "way to end a job")
         evaluator = make(_take_long_to_pickle, job_timeout=1.5, output_timeout=_LIMIT)
         evaluator.submit([{"seconds": 0.0}])
@@ -93,6 +98,7 @@ class BackendOutputs(BackendFixtures):
 
     def test_nothing_is_rebuilt_while_a_lock_is_held(self, make: Make, tmp_path: Path) -> None:
         """An object that is slow to rebuild looks at its evaluator meanwhile."""
+        self._need_rebuilding()
         evaluator = make(_misbehave, num_workers=2)
         told: list[Any] = []
 
