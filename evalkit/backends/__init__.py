@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from evalkit.backends.lead import Lead
     from evalkit.backends.peers import Peer, PeerAddress, Peers, connect_peer, frame
     from evalkit.backends.serialization import pack_exception, unpack_exception
-    from evalkit.backends.side_channel import SideChannel, SideChannelClient
+    from evalkit.backends.side_channel import Receive, SideChannel, SideChannelClient
 
 __all__ = [
     "AsyncBackend",
@@ -61,6 +61,7 @@ __all__ = [
     "Program",
     "Progress",
     "Reach",
+    "Receive",
     "Recorded",
     "RecordedPickled",
     "Released",
@@ -93,6 +94,7 @@ _MODULES = {
     "Peers": "peers",
     "Program": "chunk",
     "Reach": "executor_call",
+    "Receive": "side_channel",
     "RunFailedError": "asynchronous",
     "RunLostError": "asynchronous",
     "SideChannel": "side_channel",

@@ -247,7 +247,7 @@ def _answer(chunk: bytes) -> bytes:
 def test_what_is_sent_at_the_news_of_a_death_goes_to_different_workers(tmp_path: Path) -> None:
     """Two in one worker would be to blame together, and the second has not even started."""
     names: Any = _Names()
-    workers = LokyWorkers(2, names)
+    workers = LokyWorkers(2, names, print)
     try:
         first = workers.submit(names, f"{tmp_path / 'first'}:".encode())
         second = workers.submit(names, f"{tmp_path / 'second'}:die".encode())

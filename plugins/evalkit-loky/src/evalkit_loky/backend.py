@@ -11,7 +11,8 @@ from typing import Any
 from loky.process_executor import BrokenProcessPool, ShutdownExecutorError
 
 from evalkit import ErrorInfo, JobCause
-from evalkit.backends import Capabilities, ExecutorBackend, Fault, Reach
+from evalkit.backends import Capabilities, ExecutorBackend, Fault, Reach, Receive, SideChannel
+from evalkit_loky.worker_end import WORKER_END
 from evalkit_loky.workers import LokyWorkers
 
 __all__ = ["LokyBackend"]
@@ -46,8 +47,12 @@ class LokyBackend(ExecutorBackend):
     ) -> None:
         super().__init__(num_workers, worker_init=worker_init, batching=batching, hold=hold)
 
+    def make_channel(self) -> SideChannel:
+        self._side_channel = _Channel(self)
+        return self._side_channel
+
     def make_executor(self) -> Executor:
-        return LokyWorkers(self.num_workers, self.program)
+        return LokyWorkers(self.num_workers, self.program, self._side_channel.receive)
 
     @staticmethod
     def worker_name() -> str:
@@ -76,3 +81,29 @@ class LokyBackend(ExecutorBackend):
     def shut_executor(self, executor: Executor, grace: float) -> None:
         if isinstance(executor, LokyWorkers):
             executor.end(grace, kill=True)
+
+
+class _Channel(SideChannel):
+    """The side channel, over the connection that each worker has."""
+
+    client = WORKER_END
+
+    def __init__(self, backend: LokyBackend) -> None:
+        self._backend = backend
+        self._to: Receive | None = None
+
+    def start(self, receive: Receive) -> None:
+        self._to = receive
+
+    def receive(self, message: bytes) -> None:
+        to = self._to
+        if to is not None:
+            to(message)
+
+    def request_stop(self, run: int) -> None:
+        executor = self._backend.executor
+        if isinstance(executor, LokyWorkers):
+            executor.request_stop(run)
+
+    def close(self) -> None:
+        self._to = None

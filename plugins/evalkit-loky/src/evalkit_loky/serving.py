@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
 from evalkit.backends import Program, pack_exception
+from evalkit_loky.connection import Kind
+from evalkit_loky.worker_end import WORKER_END
 
 __all__ = ["descendants", "get_ready", "serve"]
 
 _PARENT_INTERVAL = 0.5  # seconds between looks at whether the main process is there
 
 
-def get_ready(program: Program, parent: int, connection: Connection) -> None:
+def get_ready(program: Program, parent: int, sock: socket.socket) -> None:
     """In a worker, before its one call."""
-    global _connection
-    _connection = connection
+    WORKER_END.open(sock)
     threading.Thread(target=_end_with, args=(parent,), name="evalkit-parent", daemon=True).start()
     # Ctrl-C in a terminal goes to all; what it means for the jobs is for the main process to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -40,28 +41,19 @@ def _become_batch_work() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-_connection: Connection | None = None  # of this process, if it is a worker
-
-
 def serve(run: Callable[[Any], bytes]) -> None:
-    """The one call of a worker: it runs the chunks that come, until the other end is closed.
-
-    An answer is the outcome; or nothing, and then the exception with which a chunk ended.
-    """
-    connection = _connection
-    if connection is None:
-        raise RuntimeError("a worker without a connection")
+    """The one call of a worker: it runs the chunks that come, until the other end is closed."""
     try:
-        connection.send_bytes(str(os.getpid()).encode())
+        WORKER_END.answer(Kind.READY, str(os.getpid()).encode())
         while True:
-            chunk = connection.recv_bytes()
+            chunk = WORKER_END.next_chunk()
+            kind = Kind.ANSWER
             try:
                 answer = run(chunk)
             except Exception as exc:  # noqa: BLE001 - it belongs to the call
-                connection.send_bytes(b"")
-                answer = pack_exception(exc)
+                kind, answer = Kind.FAILURE, pack_exception(exc)
             del chunk  # it may be large, and the next may be long in coming
-            connection.send_bytes(answer)
+            WORKER_END.answer(kind, answer)
             del answer
     except (EOFError, ConnectionResetError, BrokenPipeError):
         return

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 from loky.process_executor import ProcessPoolExecutor, ShutdownExecutorError
 
-from evalkit.backends import Program, unpack_exception
+from evalkit.backends import Program, Receive, unpack_exception
+from evalkit_loky.connection import Connection, Kind
 from evalkit_loky.deaths import death_of, exit_of
-from evalkit_loky.line import Line
 from evalkit_loky.serving import descendants, get_ready, serve
 
 __all__ = ["LokyWorkers"]
@@ -32,22 +32,24 @@ class LokyWorkers(Executor):
     and a kill, costs the call that was in it and no other. A pool that has lost its worker is replaced at the next
     call.
 
-    loky starts the processes, and tells how they end. Calls go to them through a connection of our own: through a pool
-    they would pass three threads of this process, which takes twice as long.
+    loky starts the processes, and tells how they end. Calls and the side channel go through a connection of our own to
+    each: through a pool, calls would pass three threads of this process, which takes twice as long.
 
     Args:
         num_workers: how many; more calls than that wait behind others.
         program: what all calls are of; it goes to each worker once.
+        receive: called with each message of the side channel, in a thread of the worker that sent it.
     """
 
-    def __init__(self, num_workers: int, program: Program) -> None:
+    def __init__(self, num_workers: int, program: Program, receive: Receive) -> None:
         self._program = program
+        self._receive = receive
         self._lock = threading.Lock()
         self._shut = False
         self._workers: list[_Worker | None] = [None] * num_workers
         try:
             for index in range(num_workers):
-                self._workers[index] = _Worker(program)
+                self._workers[index] = _Worker(program, receive)
         except BaseException:  # no more descriptors, say
             self.end(_START, kill=True)
             raise
@@ -64,12 +66,18 @@ class LokyWorkers(Executor):
             if worker is None or not worker.usable():
                 if worker is not None:
                     worker.close()
-                worker = self._workers[index] = _Worker(self._program)
+                worker = self._workers[index] = _Worker(self._program, self._receive)
             return worker.submit(chunk)
 
     def _calls_of(self, index: int) -> int:
         worker = self._workers[index]
         return 0 if worker is None else len(worker.calls)
+
+    def request_stop(self, run: int) -> None:
+        """Tell the workers that a run is to stop. One of them has it, in its call, or it has ended."""
+        for worker in tuple(self._workers):
+            if worker is not None and worker.calls:
+                worker.request_stop(run)
 
     def kill(self, future: Future[Any]) -> bool:
         """End the worker that a call is in, and what it has started; say whether there was one."""
@@ -116,27 +124,29 @@ class LokyWorkers(Executor):
 
 
 class _Worker:
-    """A pool of one, and the line to its process."""
+    """A pool of one, and the connection to its process."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, receive: Receive) -> None:
         #: The calls that are in it, in order.
         self.calls: deque[Future[Any]] = deque()
         self._pid: int | None = None  # until it says
         self._broken = False
         self._end: BaseException | None = None  # why there are no more answers
         self._lock = threading.Lock()
-        self._line = Line()
-        self._pool = ProcessPoolExecutor(1, initializer=get_ready, initargs=(program, os.getpid(), self._line.theirs))
+        self._receive = receive
+        self._connection = Connection()
+        initargs = (program, os.getpid(), self._connection.theirs)
+        self._pool = ProcessPoolExecutor(1, initializer=get_ready, initargs=initargs)
         try:
             self._serving = self._pool.submit(serve, program.resident)  # and so it starts
-            self._serving.add_done_callback(lambda _: self._line.hang_up())
+            self._serving.add_done_callback(lambda _: self._connection.hang_up())
             threading.Thread(target=self._read, name="evalkit-loky", daemon=True).start()
         except BaseException:
             self._pool.shutdown(wait=False, kill_workers=True)
-            self._line.close()
+            self._connection.close()
             raise
         finally:
-            self._line.theirs.close()
+            self._connection.theirs.close()
 
     def submit(self, chunk: bytes) -> Future[Any]:
         future: Future[Any] = Future()
@@ -145,25 +155,26 @@ class _Worker:
             end = self._end
             if end is None:
                 self.calls.append(future)
-                self._line.send(chunk)
+                self._connection.send(Kind.CHUNK, chunk)
         if end is not None:
             future.set_exception(end)
         return future
 
+    def request_stop(self, run: int) -> None:
+        self._connection.send(Kind.STOP, run.to_bytes(8, "little"))
+
     def _read(self) -> None:
-        """Take what the worker answers; at its end, end the calls that it has not answered."""
+        """Take what the worker says; at its end, end the calls that it has not answered."""
         end: BaseException | None = None
         try:
-            self._pid = int(self._line.receive())
-            self._line.watch(self._pid)
             while True:
-                self._read_answer()
+                self._take(*self._connection.receive())
         except EOFError:
             pass
         except BaseException as exc:  # noqa: BLE001 - no room for an answer, say; nobody else ends the calls
             end = exc
         self._broken = True
-        self._line.hang_up()
+        self._connection.hang_up()
         end = end or (None if self._pid is None else death_of(self._pid)) or self._reason()
         self._pool.shutdown(wait=False, kill_workers=True)
         with self._lock:
@@ -173,16 +184,20 @@ class _Worker:
         self.calls.clear()
         for future in calls:
             future.set_exception(end)
-        self._line.close()
+        self._connection.close()
 
-    def _read_answer(self) -> None:
-        answer = self._line.receive()
-        failure = None if answer else self._line.receive()
-        future = self.calls.popleft()  # it has room for another by the time at which anybody hears of this one
-        if failure is None:
-            future.set_result(answer)
+    def _take(self, kind: int, message: bytes) -> None:
+        if kind == Kind.MESSAGE:
+            self._receive(message)
+        elif kind == Kind.READY:
+            self._pid = int(message)
+            self._connection.watch(self._pid)
         else:
-            future.set_exception(unpack_exception(failure))
+            future = self.calls.popleft()  # it has room for another by the time at which anybody hears of this one
+            if kind == Kind.ANSWER:
+                future.set_result(message)
+            else:
+                future.set_exception(unpack_exception(message))
 
     def _reason(self) -> BaseException:
         """Why the worker does not answer any more, as loky says it."""
@@ -205,7 +220,7 @@ class _Worker:
     def close(self) -> None:
         """Let it end by itself, when it has nothing more to do."""
         self._broken = True
-        self._line.hang_up()
+        self._connection.hang_up()
         self._pool.shutdown(wait=False)
 
     def has_ended(self, timeout: float) -> bool:

@@ -1,4 +1,13 @@
-"""Line: the connection to a worker process, as the main process has it."""
+"""The connection between the main process and a worker: a pair of sockets that nobody else has.
+
+::
+
+    main process ──chunks, numbers of the runs that are to stop──▶ worker
+                 ◀──answers, and before them what the jobs say────
+
+Each message has a kind and a length before it. What comes first is read first, so what a worker says of its jobs is
+known before its answer, and before its death.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +17,69 @@ import select
 import socket
 import struct
 import threading
-from multiprocessing.connection import Connection
 
-__all__ = ["Line"]
+__all__ = ["Connection", "Kind", "MessageReader", "frame"]
 
-_LENGTH = struct.Struct("!i")  # before each message, as multiprocessing.connection has it; -1 for a long one,
-_LONG = struct.Struct("!Q")  # with this after it
-_LONGEST = 0x7FFFFFFF
-_TOGETHER = 2**16  # bytes; a shorter message is copied behind its length
+_HEAD = struct.Struct("<BQ")  # kind and length, before each message
+_TOGETHER = 2**16  # bytes; a shorter message is copied behind its head
 _READ_BYTES = 2**18
 
 
-class Line:
-    """Who sends never waits: what the worker does not take at once goes when it reads, from the thread that receives.
+class Kind:
+    """The kinds of messages."""
+
+    CHUNK = 0  # to run
+    STOP = 1  # the number of a run, 8 bytes
+    READY = 2  # the process id, in digits
+    ANSWER = 3  # the outcome of a chunk
+    FAILURE = 4  # the exception with which a chunk ended
+    MESSAGE = 5  # of the side channel
+
+
+def frame(kind: int, message: bytes) -> list[bytes]:
+    """Return the parts in which a message is sent."""
+    head = _HEAD.pack(kind, len(message))
+    return [head + message] if len(message) < _TOGETHER else [head, message]
+
+
+class MessageReader:
+    """Reads messages from a socket, for one thread at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._incoming = bytearray()
+        self._received = memoryview(bytearray(_READ_BYTES))  # one for all: a new one for each read is slow to get
+
+    def read(self, flags: int = 0) -> bool:
+        """Read once; return whether more may be there already.
+
+        Raises:
+            BlockingIOError: there is nothing, and the socket or the flags say not to wait.
+            EOFError: the other end is closed.
+            OSError: the connection is broken.
+        """
+        n = self._sock.recv_into(self._received, 0, flags)
+        if not n:
+            raise EOFError
+        self._incoming += self._received[:n]
+        return n == _READ_BYTES
+
+    def cut(self) -> tuple[int, bytes] | None:
+        """Return the kind and the content of the first message, or None if it has not arrived in full."""
+        incoming, start = self._incoming, _HEAD.size
+        if len(incoming) < start:
+            return None
+        kind, length = _HEAD.unpack_from(incoming)
+        if len(incoming) < start + length:
+            return None
+        message = bytes(memoryview(incoming)[start : start + length])
+        del incoming[: start + length]
+        return kind, message
+
+
+class Connection:
+    """The main process' end. It never waits to send: what the worker does not take at once is sent when the worker
+    reads, by the thread that receives.
 
     Attributes:
         theirs: the worker's end.
@@ -29,36 +88,30 @@ class Line:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._outgoing: list[memoryview] = []
-        self._incoming = bytearray()
-        self._received = memoryview(bytearray(_READ_BYTES))  # one for all: a new one for each read is slow to get
         self._is_closed = False
         self._pidfd: int | None = None
-        self._sock, theirs = socket.socketpair()
-        self.theirs = Connection(theirs.detach())
+        self._sock, self.theirs = socket.socketpair()
         self._sock.setblocking(False)
+        self._reader = MessageReader(self._sock)
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._poll = select.poll()
         for sock in (self._sock, self._woken):
             self._poll.register(sock, select.POLLIN)
 
-    def send(self, message: bytes) -> None:
+    def send(self, kind: int, message: bytes) -> None:
         """Send it, now or later; or never, if the worker has gone."""
-        head = _LENGTH.pack(len(message)) if len(message) <= _LONGEST else _LENGTH.pack(-1) + _LONG.pack(len(message))
         with self._lock:
             if self._is_closed:
                 return
-            if len(message) < _TOGETHER:
-                self._outgoing.append(memoryview(head + message))
-            else:
-                self._outgoing += [memoryview(head), memoryview(message)]
+            self._outgoing += map(memoryview, frame(kind, message))
             self._write()
             if self._outgoing:
                 self._do_wake()
 
     def watch(self, pid: int) -> None:
-        """Take the death of this process for the end of the line, where the system can tell: a fork of it may hold the
-        other end open.
+        """Take the death of this process for the end of the connection, where the system can tell: a fork of it may
+        hold the other end open.
         """
         with contextlib.suppress(AttributeError, OSError):  # not Linux, or it has gone and loky has noticed
             self._pidfd = os.pidfd_open(pid)
@@ -71,24 +124,21 @@ class Line:
             if not self._is_closed:
                 self._sock.shutdown(socket.SHUT_RDWR)
 
-    def receive(self) -> bytes:
-        """Wait for the next message, for one thread alone.
+    def receive(self) -> tuple[int, bytes]:
+        """Wait for the next message, for one thread alone; return its kind and its content.
 
         Raises:
             EOFError: there will be none.
         """
-        while (message := self._cut()) is None:
+        while (message := self._reader.cut()) is None:
             if not self._wait():
                 continue
             try:
-                n = self._sock.recv_into(self._received)
+                self._reader.read()
             except BlockingIOError:
                 continue
             except OSError as exc:
                 raise EOFError(str(exc)) from exc
-            if not n:
-                raise EOFError
-            self._incoming += self._received[:n]
         return message
 
     def close(self) -> None:
@@ -130,20 +180,3 @@ class Line:
             self.hang_up()
             return True
         return bool(events & ~select.POLLOUT)
-
-    def _cut(self) -> bytes | None:
-        """The first message, if all of it is here."""
-        incoming, start = self._incoming, _LENGTH.size
-        if len(incoming) < start:
-            return None
-        (length,) = _LENGTH.unpack_from(incoming)
-        if length < 0:
-            if len(incoming) < start + _LONG.size:
-                return None
-            (length,) = _LONG.unpack_from(incoming, start)
-            start += _LONG.size
-        if len(incoming) < start + length:
-            return None
-        message = bytes(memoryview(incoming)[start : start + length])
-        del incoming[: start + length]
-        return message
