@@ -142,6 +142,7 @@ class ChunkRun:
         self._ended: deque[Saying] = deque()
         self._held_bytes = 0
         self._client = place.client
+        self._mute = False  # a message could not be sent, so no more are
         self._sending = threading.Lock()
         self._messages = 0
         self._closed = False
@@ -304,12 +305,12 @@ class ChunkRun:
 
     def _send(self, sayings: list[Saying]) -> bool:
         """With the lock: send it, or have it come with the result; say whether it was sent."""
-        if self._client is not None and os.getpid() == self._place.pid:
+        if self._client is not None and not self._mute and os.getpid() == self._place.pid:
             message: Any = Message(self._number, sayings, self._thread.worker)
             try:
                 self._client.send(message if self._place.same_memory else pack(message))
             except OSError:
-                self._client = None
+                self._mute = True  # if the master has gone, the jobs still hear that they are to stop
             else:
                 self._messages += 1
                 return True

@@ -43,9 +43,9 @@ from evalkit.backends.events import Cancelled, Event, Failed, Lost, Released, Re
 from evalkit.backends.execution import check_worker_init, describe, failed
 from evalkit.backends.executor_call import Call, Fault, Reach, sort_out
 from evalkit.backends.executor_threads import Mender, before_executors_wait
-from evalkit.backends.loopback import LoopbackChannel
 from evalkit.backends.serialization import dumps
 from evalkit.backends.side_channel import DirectChannel, SideChannel
+from evalkit.backends.socket_channel import SocketChannel
 from evalkit.errors import BackendError, SerializationError
 from evalkit.job import ErrorInfo, JobCause
 
@@ -131,12 +131,17 @@ class ExecutorBackend(Backend):
     def make_channel(self) -> SideChannel | None:
         """The way back while calls run, made once at the start; None if there is none, and then each job travels alone.
 
-        By default it is direct where the workers share our memory, a socket on the loopback interface where they are on
-        this machine, and there is none where the backend says that it spans nodes.
+        By default it is direct where the workers share our memory, a Unix socket that only this user can reach where
+        they are on this machine, and there is none where the backend says that it spans nodes.
         """
         if self.capabilities.same_memory:
             return DirectChannel()
-        return None if self.capabilities.spans_nodes else LoopbackChannel()
+        if self.capabilities.spans_nodes:
+            return None
+        try:
+            return SocketChannel()
+        except OSError as exc:
+            raise BackendError(f"the socket for the workers cannot be made in the temporary folder: {exc}") from exc
 
     @staticmethod
     def worker_name() -> str:

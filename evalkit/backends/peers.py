@@ -1,37 +1,37 @@
-"""Peers: other processes of this machine, over sockets that only they can use.
+"""Peers: other processes of this user on this machine, over a Unix socket that nobody else can reach.
 
 ::
 
-    peer ──token, a number of its own, then messages──▶ turn
-         ◀──bytes────────────────────────────────────── send
+    peer ──a number of its own, then messages──▶ turn
+         ◀──bytes─────────────────────────────── send
 
-A peer connects to the loopback interface, with a token that it was given; who does not know it is not listened to.
+The socket is in a folder that only this user can enter, so the system keeps all others away before a byte is read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
-import secrets
+import os
 import selectors
 import socket
 import struct
+import tempfile
 import threading
 import time
+import weakref
 
-__all__ = ["Peer", "PeerAddress", "Peers", "connect_peer", "frame"]
+__all__ = ["Peer", "PeerAddress", "Peers", "connect_peer", "frame", "remove_address"]
 
-_HOST = "127.0.0.1"
 _LENGTH = struct.Struct("<Q")  # before each message
 _NUMBER = struct.Struct("<Q")
-_TOKEN_BYTES = 32
+_LONGEST_FOLDER = 80  # bytes; the path of a Unix socket has 103 at most, on some systems
 _READ_BYTES = 2**18
 _PAUSE = 0.01  # seconds before another try where somebody cannot be let in
 
 _Socket = socket.socket  # as it is now: a job may put something else in its place, so as to have no network
 
-#: The port, and the token.
-PeerAddress = tuple[int, bytes]
+#: The path of the socket.
+PeerAddress = str
 
 
 def frame(message: bytes) -> bytes:
@@ -49,18 +49,32 @@ def connect_peer(address: PeerAddress, number: int, timeout: float) -> socket.so
     Raises:
         OSError: it does not answer.
     """
-    port, token = address
-    sock = _Socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
-        sock.connect((_HOST, port))
+        sock.connect(address)
         sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.sendall(token + _NUMBER.pack(number))
+        sock.sendall(_NUMBER.pack(number))
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def remove_address(address: PeerAddress) -> None:
+    """Remove the socket and its folder, if they are there."""
+    with contextlib.suppress(OSError):
+        os.unlink(address)
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(address))
+
+
+def _new_address() -> PeerAddress:
+    """Make a folder that only this user can enter; return the path of a socket in it."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) > _LONGEST_FOLDER:
+        parent = "/tmp"  # noqa: S108 - mkdtemp takes a new name, and lets nobody else in
+    return os.path.join(tempfile.mkdtemp(prefix="evalkit-", dir=parent), "socket")
 
 
 class Peers:
@@ -71,10 +85,16 @@ class Peers:
     """
 
     def __init__(self) -> None:
-        self._token = secrets.token_bytes(_TOKEN_BYTES)
-        self._listener = socket.create_server((_HOST, 0), backlog=128)
+        self.address = _new_address()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._listener.bind(self.address)
+            self._listener.listen(128)
+        except BaseException:
+            self._listener.close()
+            remove_address(self.address)
+            raise
         self._listener.setblocking(False)
-        self.address: PeerAddress = (self._listener.getsockname()[1], self._token)
         self._woken, self._wake = socket.socketpair()
         self._waking = threading.RLock()  # or what is sent to wake might go to whoever has that descriptor next
         self._woken.setblocking(False)
@@ -84,6 +104,8 @@ class Peers:
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._received = memoryview(bytearray(_READ_BYTES))  # one for all: a new one for each read is slow to get
         self._all: dict[socket.socket, Peer] = {}
+        self._is_fork = False
+        _close_in_forks(self)
 
     def wake(self) -> None:
         """End the turn, or the next one; from any thread."""
@@ -117,10 +139,10 @@ class Peers:
             if not mask & selectors.EVENT_READ:
                 continue
             try:
-                messages = peer.read(self._received, self._token)
+                messages = peer.read(self._received)
                 if peer.number is not None:
                     heard.append((peer, messages))
-            except OSError:  # it has gone, or is nobody we know
+            except OSError:  # it has gone
                 self._forget(peer)
                 if peer.number is None:
                     peer.sock.close()
@@ -148,6 +170,20 @@ class Peers:
         with self._waking:
             self._woken.close()
             self._wake.close()
+        if not self._is_fork:
+            remove_address(self.address)
+
+    def leave_to_parent(self) -> None:
+        """Close what a fork of this process has got of it, and touch nothing that is its parent's.
+
+        A worker may be such a fork: if it held the connections of others open, they would not see their end when the
+        parent is killed.
+        """
+        self._is_fork = True
+        for sock in (self._listener, self._woken, self._wake, *self._all):
+            sock.close()
+        self._all.clear()
+        self._selector.close()
 
     def _forget(self, peer: Peer) -> None:
         del self._all[peer.sock]
@@ -160,8 +196,6 @@ class Peers:
             time.sleep(_PAUSE)
             return False
         sock.setblocking(False)
-        with contextlib.suppress(OSError):  # it has gone again
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = self._all[sock] = Peer(sock)
         self._selector.register(sock, selectors.EVENT_READ, peer)
         return True
@@ -184,7 +218,7 @@ class Peer:
 
     Attributes:
         sock: the connection.
-        number: as it says; None until it has, and has shown that it knows the token.
+        number: as it says; None until it has.
         outgoing: what it has yet to be sent.
     """
 
@@ -196,11 +230,11 @@ class Peer:
         self.outgoing = bytearray()
         self._incoming = bytearray()
 
-    def read(self, buffer: memoryview, token: bytes) -> list[bytes]:
+    def read(self, buffer: memoryview) -> list[bytes]:
         """The messages that are whole.
 
         Raises:
-            OSError: there will be no more, or it does not know the token.
+            OSError: there will be no more.
         """
         try:
             n = self.sock.recv_into(buffer)
@@ -211,13 +245,10 @@ class Peer:
         incoming = self._incoming
         incoming += buffer[:n]
         if self.number is None:
-            said = incoming[: len(token)]
-            if not hmac.compare_digest(said, token[: len(said)]):
-                raise ConnectionRefusedError
-            if len(incoming) < len(token) + _NUMBER.size:
+            if len(incoming) < _NUMBER.size:
                 return []
-            (self.number,) = _NUMBER.unpack_from(incoming, len(token))
-            del incoming[: len(token) + _NUMBER.size]
+            (self.number,) = _NUMBER.unpack_from(incoming)
+            del incoming[: _NUMBER.size]
         messages: list[bytes] = []
         at = 0
         while len(incoming) >= at + _LENGTH.size:
@@ -230,3 +261,19 @@ class Peer:
         if at:
             del incoming[:at]
         return messages
+
+
+_open: weakref.WeakSet[Peers] | None = None
+
+
+def _close_in_forks(peers: Peers) -> None:
+    global _open
+    if _open is None:
+        _open = weakref.WeakSet()
+        os.register_at_fork(after_in_child=_leave_all_to_parent)
+    _open.add(peers)
+
+
+def _leave_all_to_parent() -> None:
+    for peers in list(_open or ()):
+        peers.leave_to_parent()

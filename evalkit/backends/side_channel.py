@@ -2,7 +2,10 @@
 
 The master has a :class:`SideChannel`; its :attr:`~SideChannel.client` travels to the workers. Whoever brings an engine
 whose workers are on other machines writes both; for those on this machine there is
-:class:`evalkit.backends.loopback.LoopbackChannel`.
+:class:`evalkit.backends.socket_channel.SocketChannel`, a Unix socket in a folder that only this user can enter.
+
+The master unpickles the messages, so a channel has to keep out everybody but its workers: by the rights of a file or
+by the engine's own authentication. A token that travels over an open port is not enough.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from evalkit import ErrorInfo, Evaluator, Job, JobCause, JobState
 from evalkit.backends import Capabilities, ExecutorBackend, Fault, Reach
 from evalkit.backends.batching import ChunkSizer
 from evalkit.backends.chunk_wire import Ends, Kind, unpack_message
-from evalkit.backends.loopback import LoopbackChannel
+from evalkit.backends.socket_channel import SocketChannel
 from evalkit.backends.side_channel import Receive, SideChannel
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, gathering, in_background
@@ -119,7 +119,7 @@ def test_a_backend_without_a_side_channel_sends_each_alone_and_says_all_with_the
     assert all(job.records == [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 0.5}] for job in jobs)
 
 
-class Leaky(LoopbackChannel):
+class Leaky(SocketChannel):
     """Loses the first message that tells of an end."""
 
     lost = False
@@ -154,7 +154,7 @@ def test_jobs_whose_ends_were_lost_on_the_way_run_again(monkeypatch: pytest.Monk
 
 
 def test_results_that_overtake_what_was_said_before_take_no_thread_each() -> None:
-    class Slow(LoopbackChannel):
+    class Slow(SocketChannel):
         def start(self, receive: Receive) -> None:
             def receive_late(data: bytes) -> None:
                 time.sleep(0.01)

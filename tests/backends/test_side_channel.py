@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import pickle
-import socket
+import signal
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evalkit.backends.chunk import Program, Setup
 from evalkit.backends.chunk_wire import Kind, Message, Outcome
-from evalkit.backends.loopback import LoopbackChannel
+from evalkit.backends.socket_channel import SocketChannel
 from evalkit.backends.side_channel import SideChannelClient
 from evalkit.testing.backend_fixtures import BOUND, eventually
 
@@ -31,14 +34,14 @@ def heard() -> Heard:
 
 
 @pytest.fixture
-def channel(heard: Heard) -> Iterator[LoopbackChannel]:
-    channel = LoopbackChannel()
+def channel(heard: Heard) -> Iterator[SocketChannel]:
+    channel = SocketChannel()
     channel.start(heard.append)
     yield channel
     channel.close()
 
 
-def elsewhere(channel: LoopbackChannel) -> SideChannelClient:
+def elsewhere(channel: SocketChannel) -> SideChannelClient:
     """The worker's end, as it arrives there."""
     client: SideChannelClient = pickle.loads(pickle.dumps(channel.client))
     return client
@@ -47,7 +50,7 @@ def elsewhere(channel: LoopbackChannel) -> SideChannelClient:
 # -- the socket -------------------------------------------------------------------------------------------------------
 
 
-def test_messages_arrive_whole_and_in_order(channel: LoopbackChannel, heard: Heard) -> None:
+def test_messages_arrive_whole_and_in_order(channel: SocketChannel, heard: Heard) -> None:
     client = elsewhere(channel)
     messages = [b"", b"one", bytes(5 * 2**20), *(b"%d" % i for i in range(200))]
     for message in messages:
@@ -57,20 +60,98 @@ def test_messages_arrive_whole_and_in_order(channel: LoopbackChannel, heard: Hea
     client.close()
 
 
-def test_who_does_not_know_the_token_is_not_heard(channel: LoopbackChannel, heard: Heard) -> None:
-    ((port, _),) = channel.client.__reduce__()[1]  # type: ignore[misc]
-    with socket.create_connection(("127.0.0.1", port), BOUND) as sock:
-        sock.sendall(bytes(32) + (3).to_bytes(8, "little") + b"bad")
-        with contextlib.suppress(ConnectionResetError):
-            assert sock.recv(1) == b"", "it hangs up"
+def folder_of(channel: SocketChannel) -> Path:
+    (address,) = channel.client.__reduce__()[1]  # type: ignore[misc]
+    return Path(address).parent
+
+
+def test_only_this_user_can_enter_the_folder_of_the_socket(channel: SocketChannel) -> None:
+    status = folder_of(channel).stat()
+    assert (status.st_uid, oct(status.st_mode & 0o777)) == (os.geteuid(), "0o700")
+    channel.close()
+    assert not folder_of(channel).exists()
+
+
+def test_a_temporary_folder_with_a_long_name_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: Heard
+) -> None:
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    channel = SocketChannel()
+    channel.start(heard.append)
     client = elsewhere(channel)
-    client.send(b"good")
-    eventually(lambda: heard, "a message")
-    assert heard == [b"good"]
+    client.send(b"word")
+    eventually(lambda: heard == [b"word"], "a message")
+    client.close()
+    channel.close()
+    assert not folder_of(channel).exists()
+
+
+def test_a_fork_of_the_master_leaves_the_channel_to_it(channel: SocketChannel, heard: Heard) -> None:
+    if (child := os.fork()) == 0:
+        try:
+            channel.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    client = elsewhere(channel)
+    client.send(b"word")
+    eventually(lambda: heard == [b"word"], "a message")
     client.close()
 
 
-def test_requests_to_stop_reach_workers_that_are_there_and_those_that_come_later(channel: LoopbackChannel) -> None:
+_KILLED = """
+    import multiprocessing, os, signal, sys, time
+    from concurrent.futures import ProcessPoolExecutor
+    from pathlib import Path
+    from evalkit import Evaluator
+    from evalkit.backends import Capabilities, ExecutorBackend
+
+    class Pool(ExecutorBackend):
+        capabilities = Capabilities(isolates_crashes=True, by_value=True, streams=True)
+
+        def make_executor(self):
+            return ProcessPoolExecutor(self.num_workers, multiprocessing.get_context(sys.argv[1]))
+
+    def run(job):
+        Path("pid-%d" % os.getpid()).touch()
+        job.record(x=job["x"])  # and so it is connected
+        Path(f"told-{job['x']}").touch()
+        while not job.stopped():
+            time.sleep(0.01)
+        Path(f"ended-{job['x']}").touch()
+
+    if __name__ == "__main__":
+        first, second = Evaluator(run, Pool(1)), Evaluator(run, Pool(1))
+        first.submit([{"x": 1}])
+        while not os.path.exists("told-1"):
+            time.sleep(0.01)
+        second.submit([{"x": 2}])  # by a worker that may be a fork, made when the other was connected
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_a_master_that_is_killed_leaves_no_folder_and_its_workers_know(tmp_path: Path, how: str) -> None:
+    program, temporary = tmp_path / "program.py", tmp_path / "temporary"
+    program.write_text(textwrap.dedent(_KILLED))
+    temporary.mkdir()
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, str(program), how], cwd=tmp_path, env=environment) as master:
+        try:
+            eventually(lambda: (tmp_path / "told-2").exists(), "the second job")
+            assert len(list(temporary.glob("evalkit-*"))) == 2
+            master.kill()
+            eventually(lambda: len(list(tmp_path.glob("ended-*"))) == 2, "the end of both jobs")
+            eventually(lambda: not list(temporary.glob("evalkit-*")), "the end of both folders")
+        finally:
+            master.kill()
+            for file in tmp_path.glob("pid-*"):  # nobody else ends the workers of a pool whose master was killed
+                os.kill(int(file.name.removeprefix("pid-")), signal.SIGKILL)
+
+
+def test_requests_to_stop_reach_workers_that_are_there_and_those_that_come_later(channel: SocketChannel) -> None:
     early = elsewhere(channel)
     assert not early.stop_requested(7)
     channel.request_stop(7)
@@ -86,7 +167,7 @@ def test_requests_to_stop_reach_workers_that_are_there_and_those_that_come_later
         client.close()
 
 
-def test_the_last_words_of_a_process_that_was_killed_are_heard(channel: LoopbackChannel, heard: Heard) -> None:
+def test_the_last_words_of_a_process_that_was_killed_are_heard(channel: SocketChannel, heard: Heard) -> None:
     program = """
         import os, pickle, signal, sys
         client = pickle.loads(bytes.fromhex(sys.argv[1]))
@@ -100,7 +181,7 @@ def test_the_last_words_of_a_process_that_was_killed_are_heard(channel: Loopback
     assert heard == [b"%d" % i for i in range(1000)]
 
 
-def test_a_worker_is_told_to_stop_when_the_master_has_gone(channel: LoopbackChannel) -> None:
+def test_a_worker_is_told_to_stop_when_the_master_has_gone(channel: SocketChannel) -> None:
     client = elsewhere(channel)
     assert not client.stop_requested(1)
     channel.close()
@@ -109,7 +190,7 @@ def test_a_worker_is_told_to_stop_when_the_master_has_gone(channel: LoopbackChan
     client.close()
 
 
-def test_a_worker_that_cannot_connect_runs_its_jobs_all_the_same(channel: LoopbackChannel) -> None:
+def test_a_worker_that_cannot_connect_runs_its_jobs_all_the_same(channel: SocketChannel) -> None:
     channel.close()
     client = elsewhere(channel)
     assert not client.stop_requested(1)

@@ -96,11 +96,11 @@ class WorkerEnd(SideChannelClient):
         """With the lock: read what has arrived."""
         try:
             while self._reader.read(socket.MSG_DONTWAIT):
-                pass
-        except BlockingIOError:
-            return
-        except (EOFError, OSError):
+                continue
+        except (EOFError, ConnectionError):
             self._gone = True
+        except OSError:  # there is nothing; or a job has closed the descriptor, and nothing is heard any more
+            pass
         self._sort()
 
     def _sort(self) -> None:

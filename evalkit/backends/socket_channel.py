@@ -1,16 +1,17 @@
-"""LoopbackChannel: the side channel to worker processes of this machine.
+"""SocketChannel: the side channel to worker processes of this machine, over a Unix socket of this user's.
 
 ::
 
     worker ──messages──▶ channel thread ──▶ receive
            ◀──numbers of the runs that are to stop──
 
-A worker connects at the first word, with the token that its client was pickled with. The sockets of the master belong
-to one thread.
+A worker connects at its first word, to the path that its client was pickled with. The sockets of the master belong to
+one thread; a worker has a thread that waits for requests, and for the end of the master.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -20,24 +21,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from evalkit.backends.peers import Peer, PeerAddress, Peers, connect_peer, frame
+from evalkit.backends.peers import Peer, PeerAddress, Peers, connect_peer, frame, remove_address
 from evalkit.backends.side_channel import Receive, SideChannel, SideChannelClient
 
-__all__ = ["LoopbackChannel"]
+__all__ = ["SocketChannel"]
 
 _log = logging.getLogger("evalkit")
 
 _RUN = struct.Struct("<Q")  # the number of one
 _CONNECT_TIMEOUT = 10.0  # seconds
-_POLL = 0.001  # seconds; asking the socket takes as long as several jobs that do nothing
 
 
-class LoopbackChannel(SideChannel):
+class SocketChannel(SideChannel):
     """The side channel to worker processes of this machine."""
 
     def __init__(self) -> None:
         self._peers = Peers()
-        self.client = _LoopbackClient(self._peers.address)
+        self.client = _SocketClient(self._peers.address)
         self._workers: set[Peer] = set()
         self._commands: deque[Callable[[], None]] = deque()
         self._stops: dict[int, None] = {}  # that workers which connect later have to hear of
@@ -115,19 +115,18 @@ class LoopbackChannel(SideChannel):
         drained.set()
 
 
-class _LoopbackClient(SideChannelClient):
+class _SocketClient(SideChannelClient):
     def __init__(self, address: PeerAddress) -> None:
         self._address = address
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         self._pid = 0
         self._stops: set[int] = set()
-        self._partial = b""
-        self._polled = 0.0
         self._gone = False  # the master has
+        self._closed = False
 
-    def __reduce__(self) -> tuple[type[_LoopbackClient], tuple[PeerAddress]]:
-        return _LoopbackClient, (self._address,)
+    def __reduce__(self) -> tuple[type[_SocketClient], tuple[PeerAddress]]:
+        return _SocketClient, (self._address,)
 
     def send(self, message: bytes) -> None:
         sock = self._connected()
@@ -137,20 +136,16 @@ class _LoopbackClient(SideChannelClient):
             sock.sendall(frame(message))
 
     def stop_requested(self, run: int) -> bool:
-        now = time.monotonic()
-        if now - self._polled >= _POLL and not self._gone:
-            self._polled = now
-            sock = self._connected()
-            # Who does not get the lock need not read: another thread is at it.
-            if sock is not None and self._lock.acquire(blocking=False):
-                try:
-                    self._read_stops(sock)
-                finally:
-                    self._lock.release()
+        if not self._pid:
+            self._connected()
         return self._gone or run in self._stops
 
     def close(self) -> None:
         if self._sock is not None and self._pid == os.getpid():
+            self._closed = True
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # and so the thread ends, and lets go of the descriptor
+            self._thread.join(1.0)
             self._sock.close()
 
     def _connected(self) -> socket.socket | None:
@@ -160,24 +155,29 @@ class _LoopbackClient(SideChannelClient):
         with self._lock:
             if not self._pid:
                 try:
-                    self._sock = connect_peer(self._address, os.getpid(), _CONNECT_TIMEOUT)
+                    self._sock = sock = connect_peer(self._address, os.getpid(), _CONNECT_TIMEOUT)
                 except OSError as exc:
                     _log.warning("no side channel to the main process: %s; what jobs say comes with their results", exc)
+                else:
+                    self._thread = threading.Thread(
+                        target=self._listen, args=(sock,), name="evalkit-stops", daemon=True
+                    )
+                    self._thread.start()
                 self._pid = os.getpid()
         return self._sock
 
-    def _read_stops(self, sock: socket.socket) -> None:
+    def _listen(self, sock: socket.socket) -> None:
+        partial = b""
         try:
-            while True:
-                data = sock.recv(4096, socket.MSG_DONTWAIT)
-                if not data:
-                    self._gone = True
-                    return
-                data = self._partial + data
+            while data := sock.recv(4096):
+                data = partial + data
                 whole = len(data) - len(data) % _RUN.size
-                self._partial = data[whole:]
+                partial = data[whole:]
                 self._stops.update(run for (run,) in _RUN.iter_unpack(data[:whole]))
-        except BlockingIOError:
+        except ConnectionError:
+            pass
+        except OSError:  # a job has closed the descriptor, and nothing is heard any more
             return
-        except OSError:
-            self._gone = True
+        self._gone = True
+        if not self._closed:
+            remove_address(self._address)  # the master may have been killed
