@@ -175,7 +175,8 @@ class CSVCallback(Callback):
                 names.remove("objective")
             names.sort(key=_place)
             mode = stat.S_IMODE(os.fstat(fd).st_mode)
-            new = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, mode)
+            # It has to be new: in a folder of many users, somebody may have put a link there.
+            new = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, mode)
             try:
                 _lock(new, self._temporary)
                 with open(new, "wb", closefd=False) as target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from contextlib import closing
 from typing import Annotated
 
@@ -40,26 +41,25 @@ def export(
             record = opened.load_search(search)
             gone = superseded(opened, record)
             folder, name = os.path.split(os.path.realpath(output))
-            temporary = os.path.join(folder, f".{os.getpid()}.{name}")
             written = left_out = 0
             try:
-                writer = writer_for(temporary)
-                for one in iterate(opened, search):
-                    if everything or (is_settled(one) and one.id not in gone):
-                        writer.on_done(job_of(one))
-                        written += 1
-                    elif one.id not in gone:
-                        left_out += 1
-                writer.on_close()
-                with open(temporary, "ab"):
-                    pass  # a search without results is an empty file
-                os.replace(temporary, os.path.join(folder, name))
+                # The file is made in a folder that only this user can enter: that of the output may be everybody's.
+                with tempfile.TemporaryDirectory(prefix=".evalkit-", dir=folder) as private:
+                    temporary = os.path.join(private, name)
+                    writer = writer_for(temporary)
+                    for one in iterate(opened, search):
+                        if everything or (is_settled(one) and one.id not in gone):
+                            writer.on_done(job_of(one))
+                            written += 1
+                        elif one.id not in gone:
+                            left_out += 1
+                    writer.on_close()
+                    with open(temporary, "ab"):
+                        pass  # a search without results is an empty file
+                    os.replace(temporary, os.path.join(folder, name))
             except OSError as exc:
                 fail(f"{output} cannot be written: {exc}")
                 raise typer.Exit(1) from None
-            finally:
-                if os.path.exists(temporary):
-                    os.unlink(temporary)
         err().print(f"{written:,} jobs written to {output}")
         if left_out:
             err().print(f"{left_out:,} that were cancelled or have not ended are left out; --all takes them in")

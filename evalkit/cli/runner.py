@@ -349,8 +349,9 @@ class Runner:
         elif isinstance(trouble, Exception) and not isinstance(trouble, EvalkitError):
             raise trouble
         if unfinished and self._storage.durable:
-            line = resume_line(search_id, named=self._options.search is not None, resumed=self._options.resume)
-            err().print(f"to resume: {line}")
+            options = self._options
+            named, resumed = options.search is not None, options.resume
+            err().print(f"to resume: {resume_line(search_id, self._storage.url, named=named, resumed=resumed)}")
         return code
 
     def _say(self, message: str) -> None:

@@ -20,8 +20,8 @@ from evalkit import ErrorInfo, Evaluator, Job, JobCause, JobState
 from evalkit.backends import Capabilities, ExecutorBackend, Fault, Reach
 from evalkit.backends.batching import ChunkSizer
 from evalkit.backends.chunk_wire import Ends, Kind, unpack_message
-from evalkit.backends.socket_channel import SocketChannel
 from evalkit.backends.side_channel import Receive, SideChannel
+from evalkit.backends.socket_channel import SocketChannel
 from evalkit.testing import functions
 from evalkit.testing.backend_fixtures import BOUND, Files, eventually, gathering, in_background
 

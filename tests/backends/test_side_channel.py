@@ -19,8 +19,8 @@ import pytest
 
 from evalkit.backends.chunk import Program, Setup
 from evalkit.backends.chunk_wire import Kind, Message, Outcome
-from evalkit.backends.socket_channel import SocketChannel
 from evalkit.backends.side_channel import SideChannelClient
+from evalkit.backends.socket_channel import SocketChannel
 from evalkit.testing.backend_fixtures import BOUND, eventually
 
 

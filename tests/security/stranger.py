@@ -5,9 +5,9 @@
     python stranger.py MARKER TARGETS
 
 ``TARGETS`` is a JSON list: ``["tcp", [host, port]]``, ``["tcp6", [host, port]]``, or ``["unix", path]`` with ``@``
-before an abstract name. To each it sends garbage, prefixes, half messages, and pickles that would create the file ``MARKER``
-where they are opened; then it opens many connections, prints as JSON which targets let it in, and keeps the connections
-until its input ends.
+before an abstract name. To each it sends garbage, prefixes, half messages, and pickles that would create the file
+``MARKER`` where they are opened; then it opens many connections, prints as JSON which targets let it in, and keeps the
+connections until its input ends.
 """
 
 from __future__ import annotations

@@ -15,125 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from victim import PATH, Program, with_pool, with_two
 
-from evalkit.testing.backend_fixtures import BOUND, eventually
-from evalkit.testing.processes import Mark
+from evalkit.testing.backend_fixtures import BOUND
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
 
-ROOT = Path(__file__).resolve().parents[2]
-POOL = re.findall(
-    r"^<!-- file: src/evalkit_pool/backend.py -->\n```python\n(.*?)^```$",
-    (ROOT / "CONTRIBUTING.md").read_text(),
-    re.DOTALL | re.MULTILINE,
-)[0]
 IS_ROOT = os.geteuid() == 0
-CLOSES = 60.0  # seconds; ray and mpiexec take some
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-
-_PROGRAM = """
-    import time
-    from pathlib import Path
-
-    from evalkit import Evaluator
-
-    def run(job):
-        while not Path("release").exists():
-            job.report(0.5)
-            Path("running").touch()
-            time.sleep(0.01)
-        return job["x"]
-
-    if __name__ == "__main__":
-        with {create} as evaluator:
-            if evaluator.is_master:
-                evaluator.submit([{{"x": x}} for x in range(4)])
-                print(*sorted(f"{{job.output}} {{job.state}}" for job in evaluator.gather("ALL")), sep="\\n")
-"""
-
-
-class Program:
-    """A program whose jobs run until :meth:`finish`."""
-
-    def __init__(self, folder: Path, mark: Mark, create: str, *launcher: str) -> None:
-        (folder / "program.py").write_text(textwrap.dedent(_PROGRAM).format(create=create))
-        (folder / "pool.py").write_text(POOL)
-        self._folder = folder
-        self._mark = mark
-        self._process = subprocess.Popen(
-            [*launcher, sys.executable, "program.py"],
-            cwd=folder,
-            env=os.environ | mark.environment | {"PATH": PATH, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def wait_until_running(self) -> None:
-        running = self._folder / "running"
-        eventually(lambda: running.exists() or self._process.poll() is not None, "the start of a job")
-        assert running.exists(), self._process.communicate()
-
-    def processes(self) -> list[psutil.Process]:
-        return self._mark.processes()
-
-    def listeners(self) -> list[tuple[str, Any]]:
-        """What any of its processes listens on."""
-        found: set[tuple[str, Any]] = set()
-        unix = _listening_unix_sockets()
-        for process in self.processes():
-            try:
-                for one in process.net_connections("tcp"):
-                    if one.status == psutil.CONN_LISTEN:
-                        found.add(("tcp6" if ":" in one.laddr.ip else "tcp", tuple(one.laddr)))
-                for file in Path(f"/proc/{process.pid}/fd").iterdir():
-                    name = unix.get(os.readlink(file))
-                    if name is not None:
-                        found.add(("unix", name))
-            except (psutil.Error, OSError):  # it has ended, or closed that file
-                continue
-        return sorted(found)
-
-    def finish(self) -> list[str]:
-        """Let the jobs end; return what the program printed."""
-        (self._folder / "release").touch()
-        printed, errors = self._process.communicate(timeout=CLOSES)
-        assert self._process.returncode == 0, errors
-        assert "Traceback" not in errors, errors
-        return printed.splitlines()
-
-    def kill(self) -> None:
-        for process in self.processes():
-            process.kill()
-        self._process.communicate()
-
-
-def _listening_unix_sockets() -> dict[str, str]:
-    """Name of the descriptor -> path, or an abstract name after ``@``."""
-    found = {}
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        _, _, _, flags, _, _, inode, *path = line.split(maxsplit=7)
-        if int(flags, 16) & 0x10000:
-            found[f"socket:[{inode}]"] = path[0] if path else ""
-    return found
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Any]:
-    started: list[Program] = []
-
-    def start(create: str, *launcher: str) -> Program:
-        program = Program(tmp_path, Mark(), create, *launcher)
-        started.append(program)
-        program.wait_until_running()
-        return program
-
-    yield start
-    for program in started:
-        program.kill()
 
 
 def attack(program: Program, targets: list[tuple[str, Any]], folder: Path) -> list[tuple[str, Any]]:
@@ -157,18 +46,14 @@ def attack(program: Program, targets: list[tuple[str, Any]], folder: Path) -> li
 def test_nothing_of_evalkit_listens(method: str, start: Any) -> None:
     if method == "loky":
         pytest.importorskip("evalkit_loky")
-    program = start(f"Evaluator.create(run, {method!r})" if method == "serial" else _with_two(method))
+    program = start(f"Evaluator.create(run, {method!r})" if method == "serial" else with_two(method))
     assert program.listeners() == []
     assert program.finish() == [f"{x} DONE" for x in range(4)]
 
 
-def _with_two(method: str) -> str:
-    return f'Evaluator.create(run, {method!r}, {{"num_workers": 2}})'
-
-
 @pytest.mark.parametrize("start_method", ["spawn", "fork", "forkserver"])
 def test_nobody_else_can_connect_to_an_executor_of_a_plugin(start_method: str, start: Any, tmp_path: Path) -> None:
-    program = start(f'Evaluator(run, __import__("pool").PoolBackend(2, start_method={start_method!r}))')
+    program = start(with_pool(start_method))
     listeners = program.listeners()
     assert [address for family, address in listeners if family == "unix" and "/evalkit-" in address]
     assert {family for family, _ in listeners} == {"unix"}
@@ -181,7 +66,7 @@ def test_nobody_else_can_connect_to_an_executor_of_a_plugin(start_method: str, s
 def test_strangers_cannot_disturb_ray(start: Any, tmp_path: Path) -> None:
     pytest.importorskip("evalkit_ray")
     pytest.importorskip("ray")
-    program = start(_with_two("ray"))
+    program = start(with_two("ray"))
     listeners = program.listeners()
     assert {address[0] for family, address in listeners if family != "unix"} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     ports = [one for one in listeners if one[0] != "unix"]
@@ -226,7 +111,7 @@ def test_strangers_who_speak_the_protocol_of_ray_are_refused(start: Any, open_ho
     pytest.importorskip("ray")
     if not IS_ROOT:
         pytest.skip("this user may do so; the tests have to run as root to be another one")
-    program = start(_with_two("ray"))
+    program = start(with_two("ray"))
     commands = [" ".join(process.cmdline()) for process in program.processes()]
     (address,) = {found[1] for command in commands if (found := re.search(r"--gcs-address=(\S+)", command))}
     token = open_home / ".ray" / "auth_token"
