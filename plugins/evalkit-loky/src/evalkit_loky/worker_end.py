@@ -77,7 +77,7 @@ class WorkerEnd(SideChannelClient):
 
     def send(self, message: bytes) -> None:
         if os.getpid() != self._pid:
-            raise ConnectionError("this process is a fork of a worker, and has no connection to the main process")
+            raise ConnectionError("this process is a fork of a worker, or none, and has no connection")
         self.answer(Kind.MESSAGE, message)
 
     def stop_requested(self, run: int) -> bool:
