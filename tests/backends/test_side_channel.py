@@ -134,11 +134,12 @@ _KILLED = """
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_a_master_that_is_killed_leaves_no_folder_and_its_workers_know(tmp_path: Path, how: str) -> None:
-    program, temporary = tmp_path / "program.py", tmp_path / "temporary"
+    program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(_KILLED))
-    temporary.mkdir()
-    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, str(program), how], cwd=tmp_path, env=environment) as master:
+    short = tempfile.TemporaryDirectory(prefix="ek-")  # a folder of pytest may be too long for a socket
+    temporary = Path(short.name)
+    environment = os.environ | {"TMPDIR": short.name, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with short, subprocess.Popen([sys.executable, str(program), how], cwd=tmp_path, env=environment) as master:
         try:
             eventually(lambda: (tmp_path / "told-2").exists(), "the second job")
             assert len(list(temporary.glob("evalkit-*"))) == 2
