@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from evalkit.backends.base import Backend, Capabilities, Emit, RunFunction, Task
@@ -158,10 +158,12 @@ class ThreadBackend(Backend):
         events: list[Event] = []
         try:
             while True:
-                if events and self._queue.empty():
+                try:
+                    job_id = self._queue.get(block=not events)
+                except Empty:
                     self._emit(events)
                     events = []
-                job_id = self._queue.get()
+                    continue
                 if job_id is None:
                     return
                 if job_id not in self._waiting:
