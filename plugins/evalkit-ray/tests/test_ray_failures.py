@@ -202,6 +202,13 @@ class TestLocal:
         assert job.cause is JobCause.EXCEPTION
         assert "No module named 'only_here'" in str(job.error)
 
+    def test_jobs_may_use_ray_where_they_take_all_cpus(self):
+        """A task lends its CPU to others while it waits for them; an actor would keep it, and wait for ever."""
+        with self.create(_ask_ray, num_workers=4) as evaluator:
+            jobs = evaluator.submit([{"x": x} for x in range(12)])
+            in_background(evaluator.gather, "ALL").result(BOUND)
+            assert [job.output for job in jobs] == [x + 1 for x in range(12)]
+
     def test_more_workers_than_room_share_it(self):
         """Jobs that wait in Ray have not started, so their time does not run."""
         with self.create(_nap, num_workers=6, num_cpus_per_task=4, job_timeout=5.0) as evaluator:
@@ -212,6 +219,10 @@ class TestLocal:
 
 def _nap(job):
     time.sleep(job["seconds"])
+
+
+def _ask_ray(job):
+    return ray.get(ray.remote(num_cpus=1)(lambda x: x + 1).remote(job["x"]))
 
 
 def _runs(pid):

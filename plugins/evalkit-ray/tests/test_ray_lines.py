@@ -227,12 +227,15 @@ class TestTask:
             monkeypatch.undo()
 
     def test_a_job_may_close_the_line(self, ends):
+        closed = []
+
         def program(chunk):
             if chunk == b"second":
                 for fd in map(int, os.listdir("/proc/self/fd")):
                     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
-                        if sock.family == socket.AF_INET and sock.getpeername()[1] == ends.address[0]:
+                        if sock.getpeername() == line.sock.getsockname():
                             os.close(fd)
+                            closed.append(fd)
             return chunk.upper()
 
         with ThreadPoolExecutor(1) as pool:
@@ -246,7 +249,7 @@ class TestTask:
                     break
                 assert hear(ends) == [(line, None)]
                 ends.drop(line)
-        assert calls == 2
+        assert (calls, len(closed)) == (2, 1)
 
 
 # -- the lines themselves ---------------------------------------------------------------------------------------------

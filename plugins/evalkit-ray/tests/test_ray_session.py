@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -90,8 +91,10 @@ def test_without_an_address_a_local_ray_is_started_and_ends_with_the_last_evalua
 
 
 @pytest.mark.slow
-def test_an_address_is_used_and_its_cluster_outlives_the_evaluators():
-    """One program has a Ray; others attach to it by address or RAY_ADDRESS, and not without."""
+def test_an_address_is_used_and_its_cluster_outlives_the_evaluators(monkeypatch):
+    """One program has a Ray; others with the same token attach to it by address or RAY_ADDRESS, and not without."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with create(num_workers=1, num_cpus=3) as evaluator:
         address = ray.get_runtime_context().gcs_address
         program = """
@@ -148,6 +151,7 @@ def test_a_runtime_env_reaches_the_jobs():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_program_that_is_ended_leaves_no_process(number, tmp_path):
     program = """
+        import os
         import time
         import ray
         from evalkit import Evaluator
@@ -157,7 +161,7 @@ def test_a_program_that_is_ended_leaves_no_process(number, tmp_path):
 
         evaluator = Evaluator.create(run, "ray", {"num_workers": 2})
         evaluator.submit([{}, {}])
-        print(ray.get_runtime_context().get_temp_dir(), flush=True)
+        print(os.path.dirname(ray.get_runtime_context().get_temp_dir()), flush=True)
         evaluator.gather("ALL")
     """
     process = subprocess.Popen(
@@ -184,7 +188,7 @@ def test_a_fork_of_the_program_does_not_hold_up_the_end():
         from evalkit import Evaluator
 
         evaluator = Evaluator.create(lambda job: 1, "ray", {"num_workers": 1})
-        folder = ray.get_runtime_context().get_temp_dir()
+        folder = os.path.dirname(ray.get_runtime_context().get_temp_dir())
         child = os.fork()
         if not child:
             time.sleep(600)
@@ -226,6 +230,64 @@ def test_jobs_that_come_after_the_end_of_ray_leave_none_behind(tmp_path):
     assert jobs[0].cause is JobCause.CRASH or "Ray was shut down under this evaluator" in str(jobs[0].error)
     assert "Ray was shut down under this evaluator" in str(jobs[1].error)
     evaluator.close()
+
+
+def use(**settings):
+    with create(num_workers=1, **settings) as evaluator:
+        evaluator.submit([{"x": 1}])
+        assert evaluator.gather("ALL")[0].output == {"x": 1}
+
+
+@pytest.mark.slow
+def test_the_token_of_a_local_ray_ends_with_it(monkeypatch, tmp_path):
+    """A cluster with another token is joined after it, and a local Ray is started after that."""
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    program = """
+        import sys
+        import ray
+
+        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        print(ray.get_runtime_context().gcs_address, flush=True)
+        sys.stdin.read()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, **settings},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        address = process.stdout.readline().strip()
+        before = dict(os.environ)
+        use()
+        assert dict(os.environ) == before
+        assert not os.listdir(tmp_path), "Ray keeps its tokens there, readable for everyone"
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            use(address=address)
+        use()
+        assert dict(os.environ) == before
+        process.stdin.close()
+
+
+@pytest.mark.slow
+def test_a_program_without_the_token_does_not_join_a_local_ray():
+    with create(num_workers=1):
+        address = ray.get_runtime_context().gcs_address
+        program = f"import ray; ray.init({address!r}); print('joined')"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode != 0
+    assert "joined" not in done.stdout
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------
@@ -275,6 +337,20 @@ def test_a_local_ray_that_does_not_start(monkeypatch):
         with pytest.raises(BackendError, match=r"a local Ray does not start: .*no_such_argument"):
             create(ray_kwargs={"no_such_argument": 1})
         assert not os.listdir(folder)
+
+
+def test_a_folder_of_the_users_that_others_can_enter_is_warned_of(tmp_path):
+    def start(folder):
+        with pytest.raises(BackendError, match="no_such_argument"):
+            create(ray_kwargs={"_temp_dir": str(folder), "no_such_argument": 1})
+
+    (tmp_path / "closed").mkdir(mode=0o700)
+    start(tmp_path / "closed" / "ray")
+    with (  # open above it; Ray opens the folder itself
+        tempfile.TemporaryDirectory() as folder,
+        pytest.warns(RuntimeWarning, match=f"write to {folder}, and so run code as you"),
+    ):
+        start(folder)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,6 +27,7 @@ import ray
 from ray._private import ray_constants
 
 from evalkit.errors import BackendError
+from evalkit_ray.authentication import own_token, read_environment
 from evalkit_ray.watch import Watch
 
 __all__ = ["Session", "SessionSettings", "join"]
@@ -33,7 +35,7 @@ __all__ = ["Session", "SessionSettings", "join"]
 _CONNECT_TIMEOUT = 5.0  # seconds until somebody listens at an address
 _ANSWER_TIMEOUT = 30.0  # seconds until Ray answers there
 _END_TIMEOUT = 10.0  # seconds that the processes of a local Ray have to end
-_LONGEST_FOLDER = 40  # characters; the paths of Ray's sockets may have 107, and it needs 65 for itself
+_LONGEST_FOLDER = 42  # characters; the paths of Ray's sockets may have 107, and it needs 65 for itself
 _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 
 
@@ -134,6 +136,7 @@ def _make(settings: SessionSettings) -> _Made:
     if settings.runtime_env:
         arguments["runtime_env"] = dict(settings.runtime_env)
     if address != "local":
+        read_environment()  # the token of an earlier Ray is not for this one
         _connect(address, settings, arguments)
         return _Made(settings, None)
     watch = None
@@ -144,13 +147,23 @@ def _make(settings: SessionSettings) -> _Made:
         arguments["num_gpus"] = settings.num_gpus
     arguments.setdefault("include_dashboard", False)
     if "_temp_dir" not in arguments:
-        # A folder of our own: it goes when we go, and no other program finds this Ray and attaches itself to it.
-        arguments["_temp_dir"] = folder = _new_folder()
+        # A folder of our own: it goes when we go, and no other program finds this Ray and attaches itself to it. Ray
+        # lets everyone write to its folder, so that is inside one that nobody else can enter.
+        folder = _new_folder()
+        arguments["_temp_dir"] = os.path.join(folder, "r")
         watch = Watch(folder)
+    elif not _is_private(arguments["_temp_dir"]):
+        warnings.warn(
+            f"Ray lets every user of this machine write to {arguments['_temp_dir']}, and so run code as you: give a "
+            "_temp_dir inside a folder that only you can enter",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     try:
-        with _loopback_only() if "_node_ip_address" not in arguments else contextlib.nullcontext():
+        with own_token(), _loopback_only() if "_node_ip_address" not in arguments else contextlib.nullcontext():
             _init("local", arguments)
     except BaseException as exc:
+        read_environment()
         if watch is not None:
             watch.end()
         if not isinstance(exc, Exception):
@@ -229,7 +242,13 @@ def _loopback_only() -> Iterator[None]:
 
 def _new_folder() -> str:
     parent = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="ek-ray-", dir=parent if len(parent) <= _LONGEST_FOLDER - 16 else "/tmp")  # noqa: S108
+    return tempfile.mkdtemp(prefix="ek-ray-", dir=parent if len(parent) <= _LONGEST_FOLDER - 18 else "/tmp")  # noqa: S108
+
+
+def _is_private(folder: str) -> bool:
+    """Return whether only this user can enter one of the folders above this one."""
+    above = [parent.stat() for parent in Path(folder).absolute().parents if parent.exists()]
+    return any(status.st_uid == os.getuid() and not status.st_mode & 0o077 for status in above)
 
 
 def _end(made: _Made) -> None:
@@ -243,6 +262,7 @@ def _end(made: _Made) -> None:
             servers = [process for process in processes if _name(process) in names]
             ray.shutdown()
             psutil.wait_procs(servers, _END_TIMEOUT)
+        read_environment()  # the token of this Ray is not for the next one
     if made.watch is not None:
         made.watch.end()
 
