@@ -69,9 +69,9 @@ def remove_address(address: PeerAddress) -> None:
         os.rmdir(os.path.dirname(address))
 
 
-def _new_address() -> PeerAddress:
+def _new_address(parent: str | None) -> PeerAddress:
     """Make a folder that only this user can enter; return the path of a socket in it."""
-    parent = tempfile.gettempdir()
+    parent = parent or tempfile.gettempdir()
     if len(os.fsencode(parent)) > _LONGEST_FOLDER:
         parent = "/tmp"  # noqa: S108 - mkdtemp takes a new name, and lets nobody else in
     return os.path.join(tempfile.mkdtemp(prefix="evalkit-", dir=parent), "socket")
@@ -80,12 +80,15 @@ def _new_address() -> PeerAddress:
 class Peers:
     """The end that listens. All but :meth:`wake` belongs to one thread.
 
+    Args:
+        parent: where to make the folder of the socket; None for where temporary files are.
+
     Attributes:
         address: for :func:`connect_peer`.
     """
 
-    def __init__(self) -> None:
-        self.address = _new_address()
+    def __init__(self, parent: str | None = None) -> None:
+        self.address = _new_address(parent)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._listener.bind(self.address)

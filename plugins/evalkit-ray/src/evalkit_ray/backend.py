@@ -133,14 +133,13 @@ class RayBackend(ExecutorBackend):
     # -- what ExecutorBackend asks --------------------------------------------------------------------------------
 
     def make_executor(self) -> Executor:
-        return RayExecutor(
-            {
-                "num_cpus": self._demand["CPU"],
-                "num_gpus": self._demand["GPU"],
-                "resources": self._resources or None,
-                **self._environment(),
-            }
-        )
+        options = {
+            "num_cpus": self._demand["CPU"],
+            "num_gpus": self._demand["GPU"],
+            "resources": self._resources or None,
+            **self._environment(),
+        }
+        return RayExecutor(options, None if self._session is None else self._session.folder)
 
     def make_channel(self) -> SideChannel:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -53,9 +53,10 @@ class RayExecutor(Executor):
     Args:
         options: of the tasks, as ``ray.remote`` takes them. Ray never runs one again: that is for evalkit, which knows
             what had ended.
+        folder: where to have the socket; None for a temporary folder.
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], folder: str | None = None) -> None:
         _check_connected()
         self._remote = ray.remote(**{**options, "max_retries": 0})(run_chunk)
         self._node = ray.get_runtime_context().get_node_id()
@@ -69,7 +70,7 @@ class RayExecutor(Executor):
         self._over = False
         self._missed = -math.inf  # when a task that was to be killed had ended by itself
         self._ended: deque[tuple[_Task, Future[Any]]] = deque()
-        self._lines = Peers()
+        self._lines = Peers(folder)
         self._thread = threading.Thread(target=self._serve, name="evalkit-ray", daemon=True)
         self._thread.start()
 

@@ -75,6 +75,11 @@ class Session:
         self._made = made
         self.runtime_env = runtime_env
 
+    @property
+    def folder(self) -> str | None:
+        """That of a local Ray which was started here, removed when that is gone; only this user can enter it."""
+        return None if self._made is None or self._made.watch is None else self._made.watch.folder
+
     def leave(self) -> None:
         """Have no more use for it. May be called twice, and when Ray has ended."""
         made, self._made = self._made, None

@@ -34,6 +34,7 @@ class Watch:
     """
 
     def __init__(self, folder: str) -> None:
+        self.folder = folder
         self._process = subprocess.Popen(
             [sys.executable, "-m", "evalkit_ray.watch", folder],
             stdin=subprocess.PIPE,
