@@ -16,7 +16,7 @@ except ImportError:  # another Python
     from signal import getsignal as _get_handler
     from signal import signal as _set_handler
 
-__all__ = ["InterruptHeard", "InterruptHeld", "hears_only_interrupts"]
+__all__ = ["InterruptHeard", "InterruptHeld", "InterruptSeen", "hears_only_interrupts", "raised_by_handler"]
 
 _SIGINT = int(signal.SIGINT)
 _OTHERS = tuple(int(number) for number in signal.valid_signals() if number != _SIGINT)
@@ -27,6 +27,22 @@ def hears_only_interrupts() -> bool:
     if threading.current_thread() is not threading.main_thread():
         return True
     return not any(map(callable, map(_get_handler, _OTHERS)))
+
+
+def raised_by_handler(exc: BaseException) -> bool:
+    """Whether an exception comes from the handler of a signal that is written in Python."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    handlers = filter(callable, map(_get_handler, map(int, signal.valid_signals())))
+    codes = {
+        getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None) for handler in handlers
+    }
+    traceback = exc.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code in codes:
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 class InterruptHeard:
@@ -60,6 +76,27 @@ class InterruptHeard:
     def __exit__(self, *_: object) -> None:
         if self.before is not None:
             _set_handler(_SIGINT, self.before)
+
+
+class InterruptSeen(InterruptHeard):
+    """In this block, what Ctrl-C raises can be told from what the code in it raises by itself."""
+
+    __slots__ = ("_raised",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._raised: BaseException | None = None
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self.before(number, frame)
+        except BaseException as exc:
+            self._raised = exc
+            raise
+
+    def raised(self, exc: BaseException) -> bool:
+        """Whether Ctrl-C, or another signal, raised this exception."""
+        return exc is self._raised or raised_by_handler(exc)
 
 
 class InterruptHeld(InterruptHeard):
