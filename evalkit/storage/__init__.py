@@ -12,7 +12,8 @@ from evalkit.storage.memory import MemoryStorage
 from evalkit.storage.null import NullStorage
 
 if TYPE_CHECKING:
-    from evalkit.storage.codec import OpaqueValue as OpaqueValue
+    from evalkit.storage.left_values import OpaqueValue as OpaqueValue
+    from evalkit.storage.left_values import UnstorableValue as UnstorableValue
     from evalkit.storage.sql import SQLStorage as SQLStorage
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "SearchRecord",
     "Storage",
     "StorageSpec",
+    "UnstorableValue",
 ]
 
 
@@ -33,8 +35,8 @@ def __getattr__(name: str) -> Any:
         from evalkit.storage.sql import SQLStorage
 
         return SQLStorage
-    if name == "OpaqueValue":
-        from evalkit.storage.codec import OpaqueValue
+    if name in ("OpaqueValue", "UnstorableValue"):
+        from evalkit.storage import left_values
 
-        return OpaqueValue
+        return getattr(left_values, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -156,8 +156,9 @@ class Storage(ABC):
     - **Versions.** A record's ``version`` starts at 1 and grows with every write to it.
     - **Values.** Arguments, outputs, metadata and values keep their types as far as JSON, numbers (NaN and ±inf as they
       are), tuples, bytes, numpy scalars and arrays and datetimes go; what cannot be held in this way is kept as a
-      pickle that is opened only with ``allow_pickle=True``, and is handed out as an ``OpaqueValue`` without it. Nothing
-      is dropped for its type.
+      pickle that is opened only with ``allow_pickle=True``, and is handed out as an ``OpaqueValue`` without it. What
+      does not pickle, whatever its methods raise, or is larger than the storage takes, leaves an ``UnstorableValue`` in
+      its place; the values beside it are kept. Nothing is dropped for its type, and no value makes a call raise.
     - **Cost.** Every call costs what it touches, never what the search has grown to.
     - **Errors.** A storage that is locked, full or away raises ``StorageUnavailableError`` after a bounded wait, with
       nothing written.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from evalkit.storage.base import SearchRecord, Storage
 from evalkit.storage.naming import check_bare_url, check_search_id, search_exists, search_not_found
+from evalkit.usercode import attempt
 
 __all__ = ["LocalSearch", "LocalStorage"]
 
@@ -108,7 +109,5 @@ class LocalStorage(Storage, Generic[SearchT]):
 
 def _own(value: Any) -> Any:
     """The caller's own copy of a value, as far as it can be copied."""
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # noqa: BLE001 - __deepcopy__ is the user's code; the value itself is better than none
-        return value
+    copied, error = attempt(copy.deepcopy, value)
+    return copied if error is None else value  # the value itself is better than none

@@ -19,6 +19,7 @@ from evalkit.storage.naming import (
     search_not_found,
     split_job_id,
 )
+from evalkit.storage.plain import MAX_TEXT
 from evalkit.storage.sql_engine import Cursor, Database
 from evalkit.storage.sql_rows import NO_COUNTS, STATES, TERMINAL, LockedSearch, content_of, record_of
 from evalkit.storage.sql_schema import MAX_PER_SEARCH, STATE_PARAMETERS, first_key
@@ -211,9 +212,14 @@ class SQLStorage(Storage):
         if not updates:
             return
         batches: dict[str, list[tuple[int, JobUpdate, dict[str, Any]]]] = {}
+        size = 0
         for update in updates:
             search_id, number = _split(update.id)
-            batches.setdefault(search_id, []).append((number, update, content_of(update)))
+            content = content_of(update)
+            size += len(content["new_output"] or "") + len(content["new_records"] or "")
+            if size > MAX_TEXT and len(updates) > 1:
+                raise StorageError(f"one call takes {MAX_TEXT:,} characters of outputs and records: write fewer jobs")
+            batches.setdefault(search_id, []).append((number, update, content))
 
         def work(cursor: Cursor) -> None:
             for search_id in sorted(batches):  # in one order for all writers, so that no two wait for each other

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import numpy
 import pytest
+from hostile_values import KINDS, hostile, within_itself
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,25 @@ class Thing:
         return isinstance(other, Thing)
 
     __hash__ = None
+
+
+class Half(dict):  # type: ignore[type-arg]
+    def items(self) -> Any:
+        raise RuntimeError("never")
+
+
+class Hashed:
+    error: type[BaseException] | None = None
+
+    def __hash__(self) -> int:
+        if self.error is not None:
+            raise self.error
+        return 1
+
+
+class Large:
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 class Unprintable:
@@ -207,6 +227,79 @@ def test_deep_and_recursive_structures() -> None:
     for _ in range(100_000):
         deep = (deep,)
     assert decode(encode({"deep": deep, "x": 1}))["x"] == 1
+
+
+@settings(deadline=None, database=None, max_examples=50)
+@given(st.recursive(st.sampled_from(sorted(KINDS)), lambda inner: st.lists(inner) | st.dictionaries(text, inner)))
+def test_what_raises_costs_no_more_than_itself(kinds: Any) -> None:
+    def made(kinds: Any) -> Any:
+        if isinstance(kinds, str):
+            return KINDS[kinds]()
+        return {key: made(one) for key, one in kinds.items()} if isinstance(kinds, dict) else tuple(map(made, kinds))
+
+    found = decode(encode([(1, {"good": 1.5}), made(kinds), "after"]))
+    assert found[0] == (1, {"good": 1.5})
+    assert found[2] == "after"
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (Half(a=1, lock=threading.Lock()), {"a": 1}),
+        (collections.OrderedDict(a=1, lock=threading.Lock()), {"a": 1}),
+        (numpy.array([1.5, threading.Lock()], object), [1.5]),
+        (hostile(str, SystemExit)("text"), "text"),
+        (hostile(int, MemoryError)(7), 7),
+        (hostile(float, KeyboardInterrupt)(-0.0), -0.0),
+        (hostile(tuple, GeneratorExit)((1, "a")), (1, "a")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_good_parts_are_kept(value: Any, kept: Any) -> None:
+    found = decode(encode(value))
+    if isinstance(found, dict):
+        assert type(found.pop("lock")) is UnstorableValue
+    elif isinstance(found, list):
+        assert type(found.pop()) is UnstorableValue
+    assert same(dict(found) if isinstance(found, dict) else found, kept)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "array", "object", "list of objects", "deep"])
+def test_what_is_too_large_is_not_copied(kind: str) -> None:
+    size = 3 * 10**9  # nobody has looked at these pages, so they take no memory, unless they are copied
+    value = {
+        "bytes": lambda: bytes(size),
+        "array": lambda: numpy.zeros(size // 8),
+        "object": lambda: Large(numpy.zeros(size // 8)),
+        "list of objects": lambda: [Large(bytes(size))],
+        "deep": lambda: {"deep": ({"array": numpy.zeros((10, size // 80))},)},
+    }[kind]()
+    written = encode({"before": (1,), "large": value, "after": numpy.arange(3)})
+    assert len(written) < 10_000
+    assert "too large: a stored value has at most 200,000,000 characters" in written
+    found = decode(written)
+    assert found["before"] == (1,)
+    assert found["after"].tolist() == [0, 1, 2]
+
+
+def test_lists_that_hold_each_other() -> None:
+    assert decode(encode([within_itself(), 1]))[1] == 1
+    twice: list[Any] = []
+    twice += [twice, twice, (twice,)]
+    assert len(encode(twice)) < 10_000
+
+
+def test_markers_of_before_are_read() -> None:
+    assert decode('{"__evalkit__":["unstorable",["a.B","text"]]}') == UnstorableValue("a.B", "text", "")
+    assert encode(UnstorableValue("a.B", "text")) == '{"__evalkit__":["unstorable",["a.B","text"]]}'
+
+
+def test_a_pickle_that_does_not_fit_where_it_was_stays_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = encode({Hashed(): 1})
+    monkeypatch.setattr(Hashed, "error", SystemExit)
+    ((key, value),) = decode(written, allow_pickle=True).items()
+    assert type(key) is OpaqueValue
+    assert value == 1
 
 
 @pytest.mark.parametrize(
