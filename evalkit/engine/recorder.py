@@ -7,14 +7,16 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from evalkit.engine.clock import Clock
-from evalkit.errors import StorageError, StorageUnavailableError
-from evalkit.interrupts import InterruptHeld
+from evalkit.errors import StorageUnavailableError
+from evalkit.interrupts import InterruptHeld, raised_by_handler
 from evalkit.job import Job
 from evalkit.storage.base import JobUpdate, Storage
+from evalkit.storage.left_values import UnstorableValue
+from evalkit.usercode import describe_error, shown, type_name
 
 __all__ = ["Recorder"]
 
@@ -27,6 +29,7 @@ _SLICE = 1000  # jobs in one write
 _PATIENCE = 10.0  # seconds for which a storage that is away is tried again
 _FIRST_BACKOFF = 0.05  # seconds; doubles with each try
 _LONGEST_BACKOFF = 5.0  # seconds between tries that nobody waits for
+_MOST_LINES = 10  # in the log, of jobs that cannot be recorded; beyond these, of the 16th, the 32nd and so on
 
 
 def _nothing() -> None:
@@ -37,9 +40,6 @@ def _warn(message: str, *args: object) -> None:
     """Log the exception at hand. That may fail itself: a job in this process may have closed the stream it goes to."""
     with contextlib.suppress(Exception):
         _log.warning(message, *args, exc_info=True)
-
-
-_Subject = TypeVar("_Subject", Job, JobUpdate)
 
 
 class Recorder:
@@ -70,8 +70,9 @@ class Recorder:
         self._scheduled: float | None = None  # when something is written in the background, on the monotonic clock
         self._changes_due = math.inf  # when that includes jobs which have changed, and not ended
         self._last_duration = 0.0
-        self._backoff = 0.0  # of the writes in the background, while the storage is away
+        self._backoff = 0.0  # of the writes in the background, while none succeeds
         self._patience = _PATIENCE
+        self._refused = 0  # jobs that the storage did not take at all
 
     @property
     def unwritten(self) -> int:
@@ -145,12 +146,12 @@ class Recorder:
 
     def write(self) -> None:
         """Write what is due; what the storage does not take now is tried again later."""
+        first = not self._backoff
         try:
             self._write()
         except StorageUnavailableError:
-            if not self._backoff:
+            if first:
                 _warn("the storage is not available; results are kept")
-            self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
             self.note((), ())
 
     def _write(self) -> None:
@@ -176,41 +177,87 @@ class Recorder:
             start = time.monotonic()
             written = 0
             try:
-                # Who has ended since it was noted has its end noted as well, and a record takes only one.
-                live = [JobUpdate.of(job) for job in changed.values() if not job.is_complete]
-                self._write_some([update for update in live if not update.ends], self._storage.update_jobs)
+                self._write_changed(list(changed.values()))
                 changed = {}
-                for first in range(0, len(ended), _SLICE):
-                    self._write_some(ended[first : first + _SLICE], self._storage.end_jobs)
-                    written = first + _SLICE
+                while written < len(ended):
+                    jobs = ended[written : written + _SLICE]
+                    if _refusal(self._storage.end_jobs, jobs) is None:
+                        written += len(jobs)
+                        continue
+                    for job in jobs:  # something is wrong with one of them, or with what it returned
+                        self._write_alone(job, self._storage.end_jobs)
+                        written += 1
             except BaseException as exc:
                 with self._lock:
                     self.away = isinstance(exc, StorageUnavailableError)
                     self._changed = changed | self._changed
                     self._ended = ended[written:] + self._ended
                     self._being_written = 0
+                    # Before anybody is told: who waits for the ends would have them written at once, and again.
+                    self._backoff = min(max(2 * self._backoff, _FIRST_BACKOFF), _LONGEST_BACKOFF)
                 raise
             self.away = False
             self._being_written = 0
             self._last_duration = time.monotonic() - start
             self._backoff = 0.0
 
-    def _write_some(self, subjects: list[_Subject], write: Callable[[list[_Subject]], None]) -> None:
-        if not subjects:
-            return
-        try:
-            write(subjects)
-        except StorageUnavailableError:
-            raise
-        except StorageError:
-            # Something is wrong with one of them (its search was deleted, say): the others go in without it.
-            for subject in subjects:
-                self._write_alone(subject, write)
+    def _write_changed(self, jobs: list[Job]) -> None:
+        # Who has ended since it was noted has its end noted as well, and a record takes only one.
+        if jobs and _refusal(self._update, jobs) is not None:
+            for job in jobs:
+                self._write_alone(job, self._update)
 
-    def _write_alone(self, subject: _Subject, write: Callable[[list[_Subject]], None]) -> None:
-        try:
-            write([subject])
-        except StorageUnavailableError:
+    def _update(self, jobs: Sequence[Job]) -> None:
+        updates = [update for update in map(JobUpdate.of, jobs) if not update.ends]
+        if updates:
+            self._storage.update_jobs(updates)
+
+    def _write_alone(self, job: Job, write: Callable[[Sequence[Job]], None]) -> None:
+        """Write one job; if the storage does not take it, without its values; if not even that, say so."""
+        refusal = _refusal(write, [job])
+        if refusal is None or _refusal(self._write_without_values, job, write, refusal) is None:
+            return
+        self._refused += 1
+        # Of a storage that takes nothing, a search of a million jobs would say so a million times.
+        if self._refused <= _MOST_LINES or self._refused.bit_count() == 1:
+            with contextlib.suppress(Exception):
+                _log.error("job %s cannot be recorded: %s", job.id, describe_error(refusal))
+
+    def _write_without_values(self, job: Job, write: Callable[..., None], refusal: BaseException) -> None:
+        reason = describe_error(refusal)
+
+        def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: _stand_in(value, reason) for name, value in values.items()}
+
+        update = JobUpdate.of(job)
+        if update.ends and write == self._update:
+            return  # it has ended since, and its end is noted as well
+        update.output = _stand_in(update.output, reason)
+        update.metadata = None if update.metadata is None else kept(update.metadata)
+        update.records = None if update.records is None else list(map(kept, update.records))
+        self._storage.update_jobs([update])
+
+
+def _refusal(write: Callable[..., None], *args: Any) -> BaseException | None:
+    """Call a method of the storage; return what it raised, which of a stranger's storage may be anything.
+
+    Raises:
+        StorageUnavailableError: it may take the same later.
+        BaseException: of a signal.
+    """
+    try:
+        write(*args)
+    except StorageUnavailableError:
+        raise
+    except BaseException as exc:
+        if raised_by_handler(exc):
             raise
-        except StorageError as exc:
-            _log.error("job %s cannot be recorded: %s", subject.id, exc)
+        return exc
+    return None
+
+
+def _stand_in(value: Any, reason: str) -> Any:
+    """What is stored of a value, or of what is beside it, that the storage has refused."""
+    if value is None or type(value) in (bool, float) or (type(value) is int and value.bit_length() < 64):
+        return value
+    return UnstorableValue(type_name(type(value)), shown(value), reason)
