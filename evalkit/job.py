@@ -26,6 +26,7 @@ from evalkit.states import (
     JobState,
     JobStatus,
 )
+from evalkit.usercode import attempt, shown, text_of
 
 __all__ = [
     "LEGAL_TRANSITIONS",
@@ -189,11 +190,11 @@ class Job:
         end = (
             f", error={self.error}"
             if self.error is not None
-            else f", output={self.output!r}"
+            else f", output={shown(self.output)}"
             if self.is_complete
             else ""
         )
-        return f"Job({self.id!r}, {self._state.value}, args={self.args!r}{end})"
+        return f"Job({self.id!r}, {self._state.value}, args={shown(self.args)}{end})"
 
     # -- what there is to read ------------------------------------------------------------------------------------
 
@@ -614,8 +615,11 @@ class Job:
 
 def _metadata_in(output: Any) -> dict[str, Any] | None:
     """What the run function returned as metadata, if that can be read; it stays in the output in any case."""
-    given = output.get("metadata") if type(output) is dict else None
-    try:
-        return {str(key): value for key, value in given.items()} if isinstance(given, Mapping) else None
-    except Exception:  # noqa: BLE001 - a mapping and its keys may be of the user's classes
+    if type(output) is not dict or not output:
         return None
+    given, _ = attempt(output.get, "metadata")
+    return None if given is None else attempt(_named, given)[0]
+
+
+def _named(given: Any) -> dict[str, Any] | None:
+    return {text_of(key): value for key, value in given.items()} if isinstance(given, Mapping) else None

@@ -7,20 +7,32 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from evalkit.usercode import attempt
+
 __all__ = ["is_failed_objective", "objective_of"]
 
 
 def objective_of(output: Any) -> Any:
-    """Read the objective out of what a run function returned.
+    """Read the objective out of what a run function returned, whatever its methods raise.
 
     Returns:
         a number as it is; a tuple or list of numbers as a tuple; a string ``"F_…"`` as it is (a failed evaluation that
         the user reported); for a mapping, what stands under ``"objective"``; None for anything else.
     """
+    kind = type(output)
+    if kind is float or kind is int:
+        return output
+    if kind is str:
+        return output if output.startswith("F_") else None
+    return None if output is None else attempt(_objective_of, output)[0]
+
+
+def _objective_of(output: Any) -> Any:
     if isinstance(output, Mapping):
         output = output.get("objective")
     if isinstance(output, str):
-        return output if output.startswith("F_") else None
+        text = str.__str__(output)  # not what a subclass makes of it
+        return text if text.startswith("F_") else None
     if isinstance(output, numbers.Number):
         return output
     if isinstance(output, tuple | list) and output and all(isinstance(one, numbers.Number) for one in output):
@@ -30,6 +42,12 @@ def objective_of(output: Any) -> Any:
 
 def is_failed_objective(objective: Any) -> bool:
     """Whether an objective says that the evaluation failed: ``"F_…"``, NaN or ±inf, alone or among several."""
+    if type(objective) is float:
+        return not math.isfinite(objective)
+    return objective is not None and attempt(_is_failed, objective)[0] is True
+
+
+def _is_failed(objective: Any) -> bool:
     if isinstance(objective, str):
         return objective.startswith("F_")
     if isinstance(objective, tuple):

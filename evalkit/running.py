@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any, Protocol
+
+from evalkit.usercode import attempt, text_of
 
 __all__ = [
     "SCALARS",
@@ -21,7 +23,9 @@ __all__ = [
 
 #: The types of plain values, which nobody can change and every way of travelling takes as they are.
 SCALARS = frozenset({bool, float, int, str, type(None)})
-_CONTAINERS = frozenset({dict, list, set, tuple})
+# By the ids of types, since a metaclass may have a __hash__ of its own.
+_SCALARS = frozenset(map(id, SCALARS))
+_CONTAINERS = frozenset(map(id, (dict, list, set, tuple)))
 
 
 class Channel(Protocol):
@@ -95,8 +99,8 @@ class RunningJob(Mapping[str, Any]):
             reached = min(1.0, max(0.0, float(progress)))
         except OverflowError:  # an int that is larger than any float
             reached = 1.0 if progress > 0 else 0.0
-        # A class of strings of the user's would have to be unpickled where this is read.
-        self._channel.progress(self.id, reached, str.__str__(str(phase)))
+        # Plain text: a class of the user's would have to be unpickled where this is read.
+        self._channel.progress(self.id, reached, phase if type(phase) is str else text_of(phase))
         return self.stopped()
 
     def record(self, **values: Any) -> None:
@@ -139,8 +143,18 @@ def is_coroutine_function(fn: Any) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
-def are_plain(parameters: Iterable[dict[str, Any]], types: frozenset[Any] = SCALARS) -> bool:
+def are_plain(parameters: Collection[dict[str, Any]], types: frozenset[Any] = SCALARS) -> bool:
     """Whether the parameters of all these jobs are nothing but numbers, strings, booleans and None; or of ``types``."""
+    try:
+        return _are_all(parameters, types)
+    except BaseException:
+        # Ctrl-C; or the __hash__ of a metaclass, which does it again.
+        if attempt(_are_all, parameters, types)[1] is None:
+            raise
+        return False
+
+
+def _are_all(parameters: Collection[dict[str, Any]], types: frozenset[Any]) -> bool:
     return types.issuperset(map(type, chain.from_iterable(map(dict.values, parameters))))
 
 
@@ -150,28 +164,35 @@ def own_copy(parameters: dict[str, Any]) -> dict[str, Any]:
     Other objects, arrays and instances of subclasses among them, are shared; copying those is not ours to do.
     """
     for value in parameters.values():
-        if type(value) not in SCALARS:
+        if id(type(value)) not in _SCALARS:
             break
     else:
         return parameters.copy()
-    memo: dict[int, Any] = {}
     try:
-        return {key: _own(value, memo) for key, value in parameters.items()}
-    except RecursionError:  # nested deeper than Python counts: shared rather than refused
+        return _own_values(parameters)
+    except BaseException as exc:
+        # Nested deeper than Python counts, or a key whose __hash__ raises, again: shared rather than refused.
+        if not isinstance(exc, Exception) and attempt(_own_values, parameters)[1] is None:
+            raise
         return parameters.copy()
+
+
+def _own_values(parameters: dict[str, Any]) -> dict[str, Any]:
+    memo: dict[int, Any] = {}
+    return {key: _own(value, memo) for key, value in parameters.items()}
 
 
 def _own(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of a container. The same one twice, or within itself, stays one: ``memo`` has those met so far."""
     kind = type(value)
-    if kind not in _CONTAINERS:
+    if id(kind) not in _CONTAINERS:
         return value
     if id(value) in memo:
         return memo[id(value)]
     if kind is set:  # what is in it is hashable, so it does not change
         memo[id(value)] = copy = value.copy()
         return copy
-    if SCALARS.issuperset(map(type, value.values() if kind is dict else value)):
+    if _SCALARS.issuperset(map(id, map(type, value.values() if kind is dict else value))):
         memo[id(value)] = flat = value if kind is tuple else value.copy()
         return flat
     if kind is dict:

@@ -14,6 +14,7 @@ from typing import Any
 from evalkit.backends.base import Emit
 from evalkit.backends.events import Failed, Measured, Pickled, Progress, Recorded, RecordedPickled, WorkerIdentity
 from evalkit.job import ErrorInfo, JobCause
+from evalkit.usercode import text_of, type_name
 
 __all__ = [
     "LocalChannel",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _VARIABLES = {"gpu": "CUDA_VISIBLE_DEVICES"}  # kind of resource -> what libraries read
+_MAX_TEXT = 200_000  # characters of what an exception says, and of its traceback
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -37,18 +39,22 @@ def identity(name: str) -> WorkerIdentity:
 
 def describe(exc: BaseException) -> ErrorInfo:
     """An exception as text: whatever its ``__str__`` or its traceback do, this does not raise."""
-    cls = type(exc)
-    name = cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
-    try:
-        message = str(exc)
-    except BaseException as bad:  # noqa: BLE001 - a user's __str__ may do anything
-        message = f"<its message cannot be shown: __str__ raised {type(bad).__name__}>"
-    try:
-        lines = traceback.format_exception(cls, exc, _user_part(exc.__traceback__))
-        text = "".join(lines)
-    except BaseException as bad:  # noqa: BLE001 - as above
-        text = f"<its traceback cannot be shown: {type(bad).__name__}>"
-    return ErrorInfo(type=name, message=message, traceback=text)
+    name = type_name(type(exc)).removeprefix("builtins.").removeprefix("__main__.")
+    return ErrorInfo(type=name, message=_cut(text_of(exc)), traceback=_cut(text_of(exc, _traceback)))
+
+
+def _traceback(exc: BaseException) -> str:
+    return "".join(traceback.format_exception(type(exc), exc, _user_part(exc.__traceback__)))
+
+
+def _cut(text: str) -> str:
+    """Leave out the middle of a long text: it travels, and is stored."""
+    half = _MAX_TEXT // 2
+    return (
+        text
+        if len(text) <= _MAX_TEXT
+        else f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"
+    )
 
 
 def _user_part(tb: TracebackType | None) -> TracebackType | None:

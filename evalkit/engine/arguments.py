@@ -14,6 +14,7 @@ from evalkit.plugins import close_match, plugins
 from evalkit.running import are_plain, own_copy
 from evalkit.storage.base import Storage
 from evalkit.storage.memory import MemoryStorage
+from evalkit.usercode import attempt, describe_error, shown, type_name
 
 __all__ = [
     "check_callbacks",
@@ -55,20 +56,32 @@ def parameters_of(args: Any, index: int) -> dict[str, Any]:
         ParametersError: it is no mapping, or has a name that is not a string.
     """
     if type(args) is not dict:
-        if not isinstance(args, Mapping):
-            raise ParametersError(f"parameters are mappings; entry {index} is {type(args).__name__}: {args!r:.200}")
-        args = dict(args)
+        given, error = attempt(_dict_of, args)
+        if given is None:
+            why = "" if error is None else f", which cannot be read: {describe_error(error)}"
+            name = type_name(type(args)).removeprefix("builtins.")
+            raise ParametersError(f"parameters are mappings; entry {index} is {name}: {shown(args, 200)}{why}")
+        args = given
     for key in args:
-        if type(key) is not str and not isinstance(key, str):
-            raise ParametersError(f"the names of parameters are strings; entry {index} has {key!r}")
+        if not issubclass(type(key), str):
+            raise ParametersError(f"the names of parameters are strings; entry {index} has {shown(key, 200)}")
     return own_copy(args)
+
+
+def _dict_of(args: Any) -> dict[Any, Any] | None:
+    return dict(args) if isinstance(args, Mapping) else None
 
 
 def parameters_of_all(args_list: Sequence[Any]) -> list[dict[str, Any]]:
     """What :func:`parameters_of` makes of each of these; in one go where that is simple."""
-    if _DICT.issuperset(map(type, args_list)) and _STR.issuperset(map(type, chain.from_iterable(args_list))):
+    is_simple, _ = attempt(_are_dicts, args_list)
+    if is_simple:
         return list(map(dict.copy, args_list)) if are_plain(args_list) else list(map(own_copy, args_list))
     return [parameters_of(args, index) for index, args in enumerate(args_list)]
+
+
+def _are_dicts(args_list: Sequence[Any]) -> bool:
+    return _DICT.issuperset(map(type, args_list)) and _STR.issuperset(map(type, chain.from_iterable(args_list)))
 
 
 def entries_of(args_list: Any) -> Iterable[Any]:
@@ -78,7 +91,9 @@ def entries_of(args_list: Any) -> Iterable[Any]:
         ParametersError: it is something else.
     """
     if isinstance(args_list, Mapping | str | bytes) or not isinstance(args_list, Iterable):
-        raise ParametersError(f"submit takes an iterable of mappings, not {args_list!r}; write submit([{{...}}])")
+        raise ParametersError(
+            f"submit takes an iterable of mappings, not {shown(args_list, 200)}; write submit([{{...}}])"
+        )
     return args_list
 
 

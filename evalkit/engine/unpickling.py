@@ -20,9 +20,10 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from evalkit.backends.events import Done, DonePickled, Event, Failed, Recorded, RecordedPickled
-from evalkit.backends.execution import describe, failed
+from evalkit.backends.execution import failed
 from evalkit.engine.clock import Clock
 from evalkit.job import ErrorInfo, JobCause
+from evalkit.usercode import describe_error
 
 __all__ = ["UnpicklingThread"]
 
@@ -152,7 +153,7 @@ def _open(event: Event) -> Event:
         try:
             return Recorded(event.job_id, event.values.load())
         except BaseException as exc:  # noqa: BLE001 - as above; a record does not fail the job
-            return _not_recorded(event.job_id, str(describe(exc)))
+            return _not_recorded(event.job_id, describe_error(exc))
     return event
 
 
