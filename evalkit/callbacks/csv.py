@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 from evalkit.callbacks.base import Callback
 from evalkit.callbacks.table import encode_row, records, split_record, text_of, unquote, whole_length
 from evalkit.job import Job, JobMetadata, JobState
+from evalkit.usercode import attempt
+from evalkit.usercode import text_of as said
 
 __all__ = ["CSVCallback"]
 
@@ -221,27 +223,30 @@ class _Row:
 
 
 def _row_of(job: Job) -> _Row:
-    cells = {f"p:{name}": text_of(value) for name, value in job.args.items()}
+    cells = {f"p:{said(name)}": text_of(value) for name, value in job.args.items()}
     output, objective = job.output, job.objective
     failure: str | None = None
     if isinstance(objective, str):
-        failure = objective
+        failure = text_of(objective)
     elif isinstance(objective, tuple):
         cells.update((f"objective_{index}", text_of(value)) for index, value in enumerate(objective))
     elif objective is not None:
         cells["objective"] = text_of(objective)
     elif job.state is not JobState.DONE:
         failure = f"F_{(job.cause or job.state).value}"
-    if isinstance(output, Mapping):
-        cells.update(
-            (f"o:{key}", text_of(value)) for key, value in output.items() if key not in ("objective", "metadata")
-        )
+    entries, _ = attempt(_entries, output)
+    if entries is not None:
+        cells.update((f"o:{key}", text_of(value)) for key, value in entries if key not in ("objective", "metadata"))
     elif objective is None and output is not None:
         cells["o:output"] = text_of(output)
     search, _, number = job.id.rpartition(".")
     cells |= {"search_id": search, "job_id": number, "job_status": job.state.value}
     cells.update((f"m:{key}", text_of(value)) for key, value in job.measured.items())
     return _Row(cells, failure)
+
+
+def _entries(output: Any) -> list[tuple[str, Any]] | None:
+    return [(said(key), value) for key, value in output.items()] if isinstance(output, Mapping) else None
 
 
 def _place(column: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 from evalkit.callbacks.base import Callback
 from evalkit.callbacks.tally import Tally, one_line, values_of
 from evalkit.job import Job, JobState
+from evalkit.usercode import text_of
 
 __all__ = ["LoggerCallback"]
 
@@ -66,6 +67,6 @@ def _end_text(job: Job) -> str:
 def _objective_text(objective: Any) -> str:
     values = values_of(objective)
     if values is None:
-        return one_line(str(objective), _LONGEST)
+        return one_line(text_of(objective), _LONGEST)
     texts = [f"{value:.6g}" for value in values]
     return f"({', '.join(texts)})" if isinstance(objective, tuple) else texts[0]

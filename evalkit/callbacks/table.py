@@ -13,6 +13,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
+from evalkit.usercode import MAX_SIZE, attempt, shown, size_of
+from evalkit.usercode import text_of as said
+
 __all__ = ["encode_row", "records", "split_record", "text_of", "unquote", "whole_length"]
 
 _CHUNK = 1 << 20
@@ -25,10 +28,18 @@ def text_of(value: Any) -> str:
     """A value as the text of one cell.
 
     None is empty; numbers, NumPy scalars among them, are plain (``0.1``, ``nan``, ``inf``); an enum is its value;
-    lists, tuples, mappings and arrays are JSON, and what JSON cannot hold is what ``str`` says of it.
+    lists, tuples, mappings and arrays are JSON, and what JSON cannot hold is what ``str`` says of it. What would be
+    longer than 10 million characters, or has methods that raise, is a word on what it is.
     """
     if value is None:
         return ""
+    text, _ = attempt(_text_of, value)
+    return said(value) if text is None else text
+
+
+def _text_of(value: Any) -> str:
+    if size_of(value) > MAX_SIZE:
+        return shown(value, 100)
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, str):
@@ -50,8 +61,8 @@ def text_of(value: Any) -> str:
         try:
             return json.dumps(value, ensure_ascii=False, default=_jsonable)
         except (TypeError, ValueError, RecursionError):
-            return _said(value)
-    return _said(value)
+            return said(value)
+    return said(value)
 
 
 def encode_row(cells: Iterable[str]) -> bytes:
@@ -118,20 +129,14 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "dtype") and callable(getattr(value, "tolist", None)):
         plain = value.tolist()
         # A scalar that Python has no type for, such as a long double, gives itself back.
-        return plain if type(plain) is not type(value) else _said(value)
+        return plain if type(plain) is not type(value) else said(value)
     return value
 
 
 def _jsonable(value: Any) -> Any:
-    plain = _plain(value)
+    plain, error = attempt(_plain, value)
+    if error is not None:
+        return said(value)
     if plain is not value:
         return plain
-    return list(value) if isinstance(value, set | frozenset) else _said(value)
-
-
-def _said(value: Any) -> str:
-    # A class whose __str__ fails must not cost the row of its job.
-    try:
-        return str(value)
-    except Exception:  # noqa: BLE001
-        return object.__repr__(value)
+    return list(value) if type(value) is set or type(value) is frozenset else said(value)

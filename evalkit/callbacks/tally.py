@@ -8,6 +8,7 @@ from typing import Any
 
 from evalkit.callbacks.hypervolume import ParetoFront, front_of
 from evalkit.job import Job, JobState
+from evalkit.usercode import attempt
 
 __all__ = ["MISMATCH", "OTHER_KINDS", "Tally", "failure_kind", "one_line", "values_of"]
 
@@ -20,10 +21,11 @@ _MOST_KINDS = 100
 
 def values_of(objective: Any) -> tuple[float, ...] | None:
     """The objective as floats, one or many; None if it is missing, a failure in words or not a real number."""
-    try:
-        return tuple(map(float, objective)) if isinstance(objective, tuple) else (float(objective),)
-    except (TypeError, ValueError, OverflowError):
-        return None
+    return attempt(_floats, objective)[0]
+
+
+def _floats(objective: Any) -> tuple[float, ...]:
+    return tuple(map(float, objective)) if isinstance(objective, tuple) else (float(objective),)
 
 
 def failure_kind(job: Job) -> str | None:

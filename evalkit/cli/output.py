@@ -17,6 +17,7 @@ from evalkit.callbacks import Callback, CSVCallback
 from evalkit.callbacks.table import records, split_record, unquote
 from evalkit.errors import ParametersError
 from evalkit.job import Job, JobState
+from evalkit.usercode import MAX_SIZE, attempt, shown, size_of, text_of
 
 __all__ = ["JSONLinesCallback", "OutputCallback", "check_output", "json_line", "stored_ids", "writer_for"]
 
@@ -148,11 +149,7 @@ def json_line(job: Job) -> bytes:
     if job.records:
         entry["records"] = job.records
     entry["metadata"] = dict(job.measured)
-    try:
-        text = json.dumps(_plain(entry, 0))
-    except (TypeError, ValueError, RecursionError):
-        text = json.dumps({name: repr(value) for name, value in entry.items()})
-    return text.encode() + b"\n"
+    return json.dumps({name: _plain(value, 0) for name, value in entry.items()}).encode() + b"\n"
 
 
 def stored_ids(path: str) -> set[str]:
@@ -202,28 +199,36 @@ def _open_whole(path: str) -> int:
 
 _MAX_DEPTH = 100
 _LARGEST_INT = 10_000  # bits; Python writes no much longer ones in decimal
-_ATOMS: tuple[type, ...] = (str, int, float, bool, type(None))
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """A value as JSON can hold it; what it cannot hold is what ``repr`` says of it."""
-    if type(value) is int and value.bit_length() > _LARGEST_INT:
+    """A value as JSON can hold it; what it cannot hold is what ``repr`` says of it, or a word on what it is."""
+    kind = type(value)
+    if kind is int and value.bit_length() > _LARGEST_INT:
         return hex(value)
-    if type(value) in _ATOMS:
+    if value is None or kind is int or kind is float or kind is bool:
         return value
-    if depth > _MAX_DEPTH:
-        return repr(value)
+    plain, error = attempt(_part, value, depth)
+    return plain if error is None else text_of(value, repr)
+
+
+def _part(value: Any, depth: int) -> Any:
+    is_large = size_of(value) > MAX_SIZE
+    if isinstance(value, Mapping) and depth <= (1 if is_large else _MAX_DEPTH):
+        return {text_of(name): _plain(one, depth + 1) for name, one in value.items()}
+    if is_large:
+        return shown(value, 100)
     if isinstance(value, enum.Enum):
         return _plain(value.value, depth + 1)
-    if isinstance(value, Mapping):
-        return {name if type(name) is str else str(name): _plain(one, depth + 1) for name, one in value.items()}
+    if isinstance(value, str):
+        return str.__str__(value)
+    if depth > _MAX_DEPTH:
+        return text_of(value, repr)
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(one, depth + 1) for one in value]
     tolist: Callable[[], Any] | None = getattr(value, "tolist", None)  # arrays and scalars of NumPy, and alike
     if tolist is not None and hasattr(value, "dtype"):
         plain = tolist()
-        return _plain(plain, depth + 1) if type(plain) is not type(value) else str(value)
+        return _plain(plain, depth + 1) if type(plain) is not type(value) else text_of(value)
     isoformat: Callable[[], str] | None = getattr(value, "isoformat", None)
-    if isoformat is not None:
-        return isoformat()
-    return repr(value)
+    return text_of(value, repr) if isoformat is None else text_of(isoformat())

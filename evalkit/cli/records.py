@@ -11,6 +11,7 @@ from evalkit.errors import JobNotFoundError, StorageURLError
 from evalkit.job import Job, JobState
 from evalkit.plugins import plugins
 from evalkit.storage.base import JobRecord, SearchRecord, Storage
+from evalkit.usercode import text_of
 
 __all__ = [
     "SUPERSEDED",
@@ -91,7 +92,11 @@ def has_failed(record: JobRecord) -> bool:
 def config_key(args: Mapping[str, Any]) -> bytes:
     """What makes two configurations the same: names and values, with their types (1 is not 1.0), in any order."""
     try:
-        text = json.dumps(args, sort_keys=True, default=repr)
+        text = json.dumps(args, sort_keys=True, default=_text)
     except (TypeError, ValueError, RecursionError):
-        text = repr(sorted(args.items()))
+        text = _text(sorted(args.items()))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _text(value: Any) -> str:
+    return text_of(value, repr)

@@ -10,6 +10,7 @@ from evalkit.cli.console import out
 from evalkit.cli.records import job_of
 from evalkit.errors import SearchNotFoundError
 from evalkit.storage.base import JobRecord, Storage
+from evalkit.usercode import MAX_SIZE, shown, text_of
 
 __all__ = ["find_job", "show_job"]
 
@@ -46,13 +47,16 @@ def show_job(storage: Storage, record: JobRecord) -> None:
         where = "" if one.worker is None else f" on {one.worker} of {one.host}"
         facts[f"attempt {one.attempt} ended"] = f"{one.cause.value}{took}{where}: {one.error}: {one.message}"
     for key, unit in (("duration", "s"), ("cpu_time", "s"), ("peak_rss", "bytes")):
-        if key in record.metadata:
-            facts[key] = f"{record.metadata[key]:,.6g} {unit}" if unit == "s" else f"{record.metadata[key]:,} {unit}"
-    facts |= {f"  {name}": value for name, value in record.args.items()}
+        value = record.metadata.get(key)  # the run function may have returned metadata of that name
+        if isinstance(value, int | float):
+            facts[key] = f"{value:,.6g} {unit}" if unit == "s" else f"{value:,} {unit}"
+        elif value is not None:
+            facts[key] = shown(value)
+    facts |= {f"  {name}": text_of(value) for name, value in record.args.items()}
     if record.is_complete and record.error is None:
-        facts["output"] = repr(record.output)
+        facts["output"] = shown(record.output, MAX_SIZE)
     for number, values in enumerate(record.records):
-        facts[f"record {number}"] = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        facts[f"record {number}"] = ", ".join(f"{name}={shown(value)}" for name, value in values.items())
     console = out()
     console.print(f"job {record.id} in {storage.url}")
     width = max(map(len, facts))
