@@ -18,8 +18,12 @@ __all__ = ["BACKENDS", "Backend", "Run"]
 
 _INTERRUPTS = ("ctrl-c", "ctrl-c-group", "kill-master")
 _DEATHS = ("sigkill", "sigsegv", "os._exit")
-_MILD = ("exception", "unpicklable", "sys.exit", "memory", "streams", "disk", "children")
+_MILD = (
+    *("exception", "unpicklable", "sys.exit", "unstorable", "rebuild-exits", "rebuild-hangs"),
+    *("memory", "streams", "disk", "children"),
+)
 _TIME = {"job_timeout": 1.0}
+_OUTPUT_TIME = {"output_timeout": 1.0}
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ def _isolating(name: str, needs: Sequence[str] = (), **settings: Any) -> Backend
         name,
         [
             # Children come last: what a job has left running in a worker that then dies is not found on every engine.
-            Run("faults", [*_DEATHS, "descriptors", *_MILD], options=options),
-            Run("hangs", ["hang", "hang-c", "hang-deaf", "children-hang"], options=_TIME),
+            Run("faults", [*_DEATHS, "descriptors", *_MILD], options=options | _OUTPUT_TIME),
+            Run("hangs", ["held", "hang", "hang-c", "hang-deaf", "children-hang"], options=_TIME),
             Run("ends", _INTERRUPTS, resumed=True),
         ],
         needs,
@@ -97,6 +101,7 @@ def _isolating(name: str, needs: Sequence[str] = (), **settings: Any) -> Backend
 
 
 _UNWATCHED = {"memory": "DONE"}
+_SAME_MEMORY = {**_UNWATCHED, "rebuild-exits": "DONE", "rebuild-hangs": "DONE"}
 
 BACKENDS = [
     # A result that the worker can no longer send is read out of its memory.
@@ -107,16 +112,17 @@ BACKENDS = [
         "thread",
         [
             Run("faults", _MILD),
-            Run("hangs", ["hang", "hang-deaf", "children-hang"], options=_TIME),
+            Run("hangs", ["held", "hang", "hang-deaf", "children-hang"], options=_TIME),
             Run("ends", [*_DEATHS, "descriptors", "hang-c", *_INTERRUPTS], resumed=True, options=_TIME),
         ],
-        causes=_UNWATCHED,
+        causes=_SAME_MEMORY,
         leaves=["children", "children-hang"],
     ),
     Backend(
         "serial",
         [
             Run("faults", _MILD),
+            Run("held", ["held"], options=_TIME),
             Run(
                 "ends",
                 [*_DEATHS, "descriptors", "hang", "hang-c", "hang-deaf", "children-hang", *_INTERRUPTS],
@@ -124,14 +130,19 @@ BACKENDS = [
                 options=_TIME,
             ),
         ],
-        causes=_UNWATCHED,
+        causes=_SAME_MEMORY,
         leaves=["children", "children-hang"],
     ),
     Backend(
         "mpicomm",
         [
-            Run("faults", _MILD),
-            Run("hangs", ["hang", "hang-c", "hang-deaf", "children-hang"], options=_TIME | {"num_workers": 5}, ranks=6),
+            Run("faults", _MILD, options=_OUTPUT_TIME),
+            Run(
+                "hangs",
+                ["held", "hang", "hang-c", "hang-deaf", "children-hang"],
+                options=_TIME | {"num_workers": 5},
+                ranks=6,
+            ),
             Run("ends", [*_DEATHS, "descriptors", *_INTERRUPTS], resumed=True),
         ],
         ["mpi4py", "evalkit_mpi"],

@@ -149,6 +149,54 @@ def close_everything(job: RunningJob) -> int:
     return job["x"]
 
 
+class _Misbehaving:
+    """Does what its name says in the program that drives, and nothing in a worker."""
+
+    def __init__(self, x: Any, rebuild: str = "") -> None:
+        self.x = x
+        self.rebuild = rebuild
+
+    def __eq__(self, other: object) -> bool:
+        return self.x == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self.rebuild and _in_program():
+            sys.exit(5)
+        return _rebuild, (self.x, self.rebuild)
+
+
+def _rebuild(x: Any, how: str) -> _Misbehaving:
+    if _in_program():
+        if how == "exits":
+            sys.exit(5)
+        while how == "hangs":
+            time.sleep(0.01)
+    return _Misbehaving(x, how)
+
+
+def _in_program() -> bool:
+    return os.getpid() == int((_folder() / "program").read_text())
+
+
+def return_unstorable(job: RunningJob) -> _Misbehaving:
+    return _Misbehaving(job["x"])
+
+
+def return_what_exits(job: RunningJob) -> _Misbehaving:
+    return _Misbehaving(job["x"], "exits")
+
+
+def return_what_hangs(job: RunningJob) -> _Misbehaving:
+    return _Misbehaving(job["x"], "hangs")
+
+
+def nap(job: RunningJob) -> int:
+    time.sleep(0.3)
+    return job["x"]
+
+
 def fill_disk(job: RunningJob) -> str:
     """What it returns does not fit on the disk."""
     return "x" * 1_000_000
@@ -170,6 +218,10 @@ FAULTS: dict[str, Callable[[RunningJob], Any]] = {
     "children-hang": start_children_and_hang,
     "streams": close_streams,
     "descriptors": close_everything,
+    "unstorable": return_unstorable,
+    "rebuild-exits": return_what_exits,
+    "rebuild-hangs": return_what_hangs,
+    "held": nap,
     "disk": fill_disk,
     "ctrl-c": hang_in_python,
     "ctrl-c-group": hang_in_python,

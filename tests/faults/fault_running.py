@@ -33,9 +33,9 @@ _ROOT = _HERE.parents[1]
 #: How a fault ends its job where the engine can do all that there is to do.
 _CAUSES = {
     **dict.fromkeys(("sigkill", "sigsegv", "os._exit", "descriptors"), "FAILED/CRASH"),
-    **dict.fromkeys(("exception", "unpicklable", "sys.exit"), "FAILED/EXCEPTION"),
+    **dict.fromkeys(("exception", "unpicklable", "sys.exit", "rebuild-exits", "rebuild-hangs"), "FAILED/EXCEPTION"),
     **dict.fromkeys(("hang", "hang-c", "hang-deaf", "children-hang"), "FAILED/TIMEOUT"),
-    **dict.fromkeys(("children", "streams", "disk"), "DONE"),
+    **dict.fromkeys(("children", "streams", "disk", "unstorable", "held"), "DONE"),
     "memory": "FAILED/MEMORY",
 }
 
@@ -188,6 +188,9 @@ def say_job(backend: Backend, fault: str, seen: dict[str, Any]) -> str:
         said += f", {name}" if name else f", exit code {code}" if code is not None else ""
     elif "EXCEPTION" in said:
         said += f", `{kind}`"
+    if fault == "unstorable":
+        stored = seen["stored"] == ["UnstorableValue", "DONE"]
+        return "DONE; the record says what it was" if stored else f"{RED}{seen['stored']}"
     if fault == "disk":
         return "DONE, in `gather` once there is room" if seen["refused"] and seen["stored"] else RED + "not stored"
     if fault == "memory" and said == "DONE":

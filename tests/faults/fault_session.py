@@ -10,6 +10,7 @@ into ``seen.jsonl``, a line as soon as it is known.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -17,6 +18,8 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from fault_jobs import MEMORY, run
@@ -44,6 +47,8 @@ def tell(**what: Any) -> None:
 
 def gather(evaluator: Evaluator, fault: str) -> tuple[list[Job], int]:
     """All of them, and how often the storage was not there for them."""
+    if fault == "held":
+        return gather_held(evaluator), 0
     if fault != "disk":
         return evaluator.gather("ALL"), 0
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -56,6 +61,17 @@ def gather(evaluator: Evaluator, fault: str) -> tuple[list[Job], int]:
         refused = 1
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     return evaluator.gather("ALL"), refused
+
+
+def gather_held(evaluator: Evaluator) -> list[Job]:
+    """All of them, while no other thread of this program can run for two seconds."""
+    reached = Path(os.environ["EVALKIT_FAULTS"]) / "reached-held"
+    with ThreadPoolExecutor(1) as pool:
+        gathering = pool.submit(evaluator.gather, "ALL")
+        while not reached.exists():
+            time.sleep(0.01)
+        ctypes.PyDLL(None).usleep(2_000_000)
+        return gathering.result()
 
 
 def main(backend: str, options: dict[str, Any], faults: list[str]) -> None:
@@ -72,6 +88,7 @@ def main(backend: str, options: dict[str, Any], faults: list[str]) -> None:
         if not evaluator.is_master:
             return
         tell(pid=os.getpid())
+        (Path(os.environ["EVALKIT_FAULTS"]) / "program").write_text(str(os.getpid()))
         for number, fault in enumerate([*faults, ""]):
             start = time.monotonic()
             submitted = evaluator.submit(batch(fault, 100 * number, watched))
@@ -93,6 +110,9 @@ def main(backend: str, options: dict[str, Any], faults: list[str]) -> None:
                 seen["pid"] = culprit.metadata.get("pid")
             if fault == "memory" and not watched:
                 seen["refused"] = refused
+            if fault == "unstorable":
+                (record,) = evaluator.storage.load_jobs(evaluator.search_id, [culprit.id])
+                seen["stored"] = [type(record.output).__name__, str(record.state)]
             if fault == "disk":
                 seen["refused"] = bool(storage_refused)
                 records = evaluator.storage.load_jobs(evaluator.search_id, [job.id for job in jobs])
