@@ -26,7 +26,7 @@ from evalkit.states import (
     JobState,
     JobStatus,
 )
-from evalkit.usercode import attempt, shown, text_of
+from evalkit.usercode import attempt, entry_of, shown, text_of
 
 __all__ = [
     "LEGAL_TRANSITIONS",
@@ -617,9 +617,11 @@ def _metadata_in(output: Any) -> dict[str, Any] | None:
     """What the run function returned as metadata, if that can be read; it stays in the output in any case."""
     if type(output) is not dict or not output:
         return None
-    given, _ = attempt(output.get, "metadata")
+    given = entry_of(output, "metadata")
     return None if given is None else attempt(_named, given)[0]
 
 
 def _named(given: Any) -> dict[str, Any] | None:
-    return {text_of(key): value for key, value in given.items()} if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping):
+        return None
+    return {key if type(key) is str else text_of(key): value for key, value in given.items()}

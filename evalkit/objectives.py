@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from evalkit.usercode import attempt
+from evalkit.usercode import attempt, entry_of
 
 __all__ = ["is_failed_objective", "objective_of"]
 
@@ -19,17 +19,25 @@ def objective_of(output: Any) -> Any:
         a number as it is; a tuple or list of numbers as a tuple; a string ``"F_…"`` as it is (a failed evaluation that
         the user reported); for a mapping, what stands under ``"objective"``; None for anything else.
     """
-    kind = type(output)
-    if kind is float or kind is int:
-        return output
+    if type(output) is dict:
+        return _read(entry_of(output, "objective"), _number_of)
+    return _read(output, _objective_of)
+
+
+def _read(value: Any, read: Callable[[Any], Any]) -> Any:
+    kind = type(value)
+    if value is None or kind is float or kind is int:
+        return value
     if kind is str:
-        return output if output.startswith("F_") else None
-    return None if output is None else attempt(_objective_of, output)[0]
+        return value if value.startswith("F_") else None
+    return attempt(read, value)[0]
 
 
 def _objective_of(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        output = output.get("objective")
+    return _number_of(output.get("objective") if isinstance(output, Mapping) else output)
+
+
+def _number_of(output: Any) -> Any:
     if isinstance(output, str):
         text = str.__str__(output)  # not what a subclass makes of it
         return text if text.startswith("F_") else None
@@ -42,9 +50,12 @@ def _objective_of(output: Any) -> Any:
 
 def is_failed_objective(objective: Any) -> bool:
     """Whether an objective says that the evaluation failed: ``"F_…"``, NaN or ±inf, alone or among several."""
-    if type(objective) is float:
+    kind = type(objective)
+    if kind is float:
         return not math.isfinite(objective)
-    return objective is not None and attempt(_is_failed, objective)[0] is True
+    if kind is str:
+        return bool(objective.startswith("F_"))
+    return not (objective is None or kind is int) and attempt(_is_failed, objective)[0] is True
 
 
 def _is_failed(objective: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from evalkit.interrupts import InterruptSeen
 
-__all__ = ["MAX_SIZE", "attempt", "describe_error", "shown", "size_of", "text_of", "type_name"]
+__all__ = ["MAX_SIZE", "attempt", "describe_error", "entry_of", "shown", "size_of", "text_of", "type_name"]
 
 T = TypeVar("T")
 
@@ -34,6 +34,17 @@ def attempt(function: Callable[..., T], *args: Any) -> tuple[T | None, BaseExcep
             if seen.raised(exc):
                 raise
             return None, exc
+
+
+def entry_of(mapping: dict[Any, Any], name: str) -> Any:
+    """``mapping.get(name)``; None if a key raises that is compared with the name."""
+    try:
+        return mapping.get(name)
+    except BaseException as exc:
+        found, error = attempt(mapping.get, name)
+        if error is None and not isinstance(exc, Exception):
+            raise  # the key does not do it again, so this was Ctrl-C
+        return found
 
 
 def type_name(kind: type) -> str:
