@@ -108,3 +108,21 @@ def test_what_is_stored_says_what_it_was(tmp_path: Path) -> None:
     assert record.records[0]["step"] == 1
     assert record.records[0]["bad"].error == marker.error
     assert type(job.output["weights"][1]) is Proxy  # in hand it is as it was
+
+
+@pytest.mark.parametrize("method", ["serial", "process"])
+def test_a_run_function_may_hold_a_class_of_the_script_that_has_a_class_of_its_own(method: str) -> None:
+    """As a proxy has; the class travels by value, since it cannot be imported."""
+
+    class Proxy:
+        @property
+        def __class__(self) -> type:
+            raise RuntimeError("working outside of context")
+
+    with Evaluator.create(lambda job: Proxy() if job["x"] else 1, method) as evaluator:
+        good, bad = evaluator.submit([{"x": 0}, {"x": 1}])
+        evaluator.gather("ALL")
+    assert good.is_success, good.error
+    assert bad.is_complete
+    if bad.is_failed:
+        assert "working outside of context" in bad.error.message

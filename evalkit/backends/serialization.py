@@ -110,14 +110,25 @@ def _by_value(value: Any, name: str, buffer_callback: _BufferCallback | None) ->
 
 
 class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """cloudpickle, and functions of ``__main__`` behind ``functools.cache``, which it takes for importable."""
+    """cloudpickle, and what it cannot do by itself.
+
+    It takes functions of ``__main__`` behind ``functools.cache`` for importable. And it rebuilds a class empty and then
+    sets its attributes, which does not work for ``__class__``, as proxies have it: that has to be there from the start.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, _CACHED) and obj.__module__ == "__main__":
+        if type(obj) is _CACHED and obj.__module__ == "__main__":
             return _cached, (obj.__wrapped__, obj.cache_parameters())
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if issubclass(type(obj), type) and "__class__" in _attributes_of(obj) and type(reduced) is tuple:
+            match reduced:
+                case (_, (_, _, _, dict(from_the_start), _, _), ({"__class__": descriptor} as attributes, _), *_):
+                    from_the_start["__class__"] = descriptor
+                    del attributes["__class__"]
+        return reduced
 
 
+_attributes_of = type.__dict__["__dict__"].__get__  # a metaclass may have another one of this name
 _CACHED = type(functools.cache(lambda: None))
 
 
