@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from evalkit import Evaluator, JobState
 from evalkit.callbacks import CSVCallback, EarlyStopping, LoggerCallback, TqdmCallback
 from evalkit.cli.output import JSONLinesCallback, OutputCallback
 from evalkit.cli.watch import Watch
-from evalkit.storage import UnstorableValue
+from evalkit.storage import UnstorableValue, codec
 
 csv.field_size_limit(1 << 30)
 
@@ -126,3 +127,29 @@ def test_a_run_function_may_hold_a_class_of_the_script_that_has_a_class_of_its_o
     assert bad.is_complete
     if bad.is_failed:
         assert "working outside of context" in bad.error.message
+
+
+class _NeverPickles:
+    def __reduce__(self) -> Any:
+        while True:
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("method", ["serial", "thread"])
+def test_an_object_whose_methods_never_return_is_left_out(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "LONGEST", 0.2)
+
+    def run(job: Any) -> Any:
+        return {"objective": 2.5, "beside": (1, 2), "bad": _NeverPickles()} if job["x"] else 1
+
+    with Evaluator.create(run, method, {"storage": f"sqlite:///{tmp_path}/study.db"}) as evaluator:
+        jobs = evaluator.submit([{"x": 0}, {"x": 1}, {"x": 0}])
+        assert evaluator.gather("ALL") == jobs
+        records = evaluator.storage.load_jobs(evaluator.search_id)
+    assert [record.state for record in records] == [JobState.DONE] * 3
+    stored = records[1].output
+    assert (stored["objective"], stored["beside"]) == (2.5, (1, 2))
+    assert type(stored["bad"]) is UnstorableValue
+    assert "longer than 0.2 s" in stored["bad"].error

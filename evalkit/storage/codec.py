@@ -23,22 +23,37 @@ from collections.abc import Callable
 from typing import Any
 
 from evalkit.errors import StorageFormatError
+from evalkit.limited import CallTimeoutError, call_within
 from evalkit.storage.left_values import OpaqueValue, UnstorableValue
 from evalkit.storage.plain import MAX_DEPTH, MAX_TEXT, TAG, plain_text
-from evalkit.storage.writer import Writer
+from evalkit.storage.writer import HasObjectsError, Objects, Writer
 from evalkit.usercode import attempt
 
-__all__ = ["OpaqueValue", "UnstorableValue", "decode", "encode"]
+__all__ = ["LONGEST", "OpaqueValue", "UnstorableValue", "decode", "encode"]
+
+#: Seconds that the methods of the objects in a value may take while it is encoded.
+LONGEST = 30.0
 
 
 def encode(value: Any) -> str:
     """Write a value as ASCII JSON text, from which :func:`decode` makes an equal value of the same types.
 
     Nothing that it is given makes it raise, and the text has at most 200 million characters: what does not fit leaves
-    an :class:`UnstorableValue`. numpy is not imported: a numpy value can only come from a program that has.
+    an :class:`UnstorableValue`, and so do objects whose methods take longer than :data:`LONGEST`. numpy is not
+    imported: a numpy value can only come from a program that has.
     """
     text = plain_text(value, MAX_DEPTH, MAX_TEXT)
-    return Writer().text(value) if text is None else text
+    if text is not None:
+        return text
+    try:
+        return Writer(Objects.REFUSE).text(value)
+    except HasObjectsError:
+        pass
+    try:
+        return call_within(LONGEST, Writer(Objects.WRITE).text, value)
+    except CallTimeoutError:
+        why = f"the methods of the objects that were to be stored together took longer than {LONGEST:g} s"
+        return Writer(Objects.LEAVE_OUT, why).text(value)
 
 
 def decode(text: str, *, allow_pickle: bool = False) -> Any:

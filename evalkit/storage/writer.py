@@ -28,7 +28,7 @@ from evalkit.storage.left_values import OpaqueValue, UnstorableValue
 from evalkit.storage.plain import MAX_DEPTH, MAX_TEXT, TAG, dumps, plain_text
 from evalkit.usercode import describe_error, shown, text_of, type_name
 
-__all__ = ["Writer"]
+__all__ = ["HasObjectsError", "Objects", "Writer"]
 
 #: Python refuses to print longer ints in decimal (sys.set_int_max_str_digits is never below 640 digits).
 _MAX_DECIMAL_BITS = 2000
@@ -67,10 +67,31 @@ class _Sink:
         return size
 
 
-class Writer:
-    """Writes one value that is not plain."""
+class Objects(enum.Enum):
+    """What is done with a part that is of a class of the user's, whose methods may do anything, and take for ever."""
 
-    def __init__(self) -> None:
+    WRITE = enum.auto()
+    #: Say so, by :class:`HasObjectsError`.
+    REFUSE = enum.auto()
+    #: Write an :class:`UnstorableValue` in its place, and call none of its methods.
+    LEAVE_OUT = enum.auto()
+
+
+class HasObjectsError(Exception):
+    """A value has a part that is of a class of the user's."""
+
+
+class Writer:
+    """Writes one value that is not plain.
+
+    Args:
+        objects: what is done with them.
+        why: they are left out.
+    """
+
+    def __init__(self, objects: Objects, why: str = "") -> None:
+        self._objects = objects
+        self._why = why
         self._left = MAX_TEXT  # characters that fit
         self._work = 2 * MAX_TEXT  # the same, with those that were dropped again, with the part that did not fit
         self._parts: list[str] = []
@@ -79,12 +100,16 @@ class Writer:
         self._interrupts = InterruptSeen()
 
     def text(self, value: Any) -> str:
-        """Return the text of the value."""
+        """Return the text of the value.
+
+        Raises:
+            HasObjectsError: it has some, and they are refused.
+        """
         with self._interrupts:
             try:
                 self._write(value, MAX_DEPTH)
             except BaseException as exc:
-                if self._interrupts.raised(exc):
+                if self._interrupts.raised(exc) or type(exc) is HasObjectsError:
                     raise
                 return dumps({TAG: ["unstorable", ["object", "", type_name(type(exc))]]})  # no stack is left
         return "".join(self._parts)
@@ -108,7 +133,7 @@ class Writer:
             self._reserve(0)
             self._write_any(value, depth)
         except BaseException as exc:
-            if self._interrupts.raised(exc):
+            if self._interrupts.raised(exc) or type(exc) is HasObjectsError:
                 raise
             # If even this does not fit, it is the container that does not.
             del self._parts[mark:]
@@ -201,6 +226,8 @@ class Writer:
 
     def _object(self, value: Any, depth: int) -> None:
         """Write a pickle; if there is none, and the class is derived from a builtin one, the value as that."""
+        if self._is_left_out(value):
+            return
         try:
             data = self._pickle(value)
         except BaseException as exc:
@@ -212,6 +239,14 @@ class Writer:
         self._open_tag("pickle")
         self._pickled(type_name(type(value)), data)
         self._put("]}")
+
+    def _is_left_out(self, value: Any) -> bool:
+        if self._objects is Objects.REFUSE:
+            raise HasObjectsError
+        if self._objects is Objects.LEAVE_OUT:
+            self._unstorable(type_name(type(value)), "", self._why)
+            return True
+        return False
 
     def _as_builtin(self, value: Any, depth: int) -> bool:
         """Write the value of a subclass, or an array of objects, without its type; whether it is one."""
@@ -271,6 +306,8 @@ class Writer:
         self._put("]]}")
 
     def _enum(self, value: Any) -> None:
+        if self._is_left_out(value):
+            return
         kind = type(value)
         self._open_tag("enum")
         self._put(dumps([text_of(text) for text in (kind.__module__, kind.__qualname__, value.name)])[:-1])
