@@ -63,10 +63,14 @@ class Endings:
             limit = self._output_timeout
             self._set_limit(job, limit, f"its output did not arrive within output_timeout={limit:g} s after its run")
 
-    def arrived(self, job: Job, measured: Measured) -> None:
-        """With the lock: a run has ended, and its output is here, though nobody has read it yet."""
+    def arrived(self, job: Job, measured: Measured | None) -> None:
+        """With the lock: a run has ended, and its output is here, though nobody has read it yet.
+
+        Args:
+            measured: None if the run did not come to its own end.
+        """
         self._limits.pop(job.id, None)
-        if job.state is not JobState.CANCELLING and self._in_time(measured):
+        if job.state is not JobState.CANCELLING and measured is not None and self._in_time(measured):
             self.dooms.pop(job.id, None)
 
     def over(self, job: Job, measured: Measured | None = None) -> str | None:
@@ -101,11 +105,13 @@ class Endings:
         self._limits[job.id] = due, job, reason
         if due < self._next_check:
             self._next_check = due
-            self._timers.judge_later(max(0.0, seconds), self._check_limits)
+            self._timers.judge_later(max(0.0, seconds), self._check_limits, due)
 
-    def _check_limits(self) -> None:
+    def _check_limits(self, due: float) -> None:
         out_of_time: list[tuple[Job, int]] = []
         with self._lock:
+            if self._next_check != due:
+                return  # another check comes sooner, or has
             now = time.monotonic()
             for due, job, reason in list(self._limits.values()):
                 if due <= now:
@@ -113,6 +119,6 @@ class Endings:
                     del self._limits[job.id]
                     self.dooms.setdefault(job.id, reason)
             self._next_check = min((due for due, _, _ in self._limits.values()), default=math.inf)
-            self._timers.judge_later(max(0.0, self._next_check - now), self._check_limits)
+            self._timers.judge_later(max(0.0, self._next_check - now), self._check_limits, self._next_check)
         for job, attempt in out_of_time:
             self.ask(job, attempt)

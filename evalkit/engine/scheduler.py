@@ -58,6 +58,8 @@ _id = attrgetter("id")
 # To read a member off its class takes 70 ns, and every job asks for some.
 _QUEUED, _RUNNING, _DONE, _FAILED = JobState.QUEUED, JobState.RUNNING, JobState.DONE, JobState.FAILED
 _CANCELLING, _CANCELLED = JobState.CANCELLING, JobState.CANCELLED
+#: Events that do not wait for records that are still being unpickled: they say that a run is over.
+_AT_ONCE = frozenset({DonePickled, Ended, Released})
 
 
 class Scheduler:
@@ -115,7 +117,7 @@ class Scheduler:
         self._closed_because: str | None = None
         self._handlers: dict[type, Callable[[_Turn, Job, Any], None]] = {
             Done: self._on_done,
-            DonePickled: self._on_done_pickled,
+            DonePickled: self._end_later,
             Ended: self._on_ended,
             Started: self._on_started,
             Progress: self._on_progress,
@@ -417,8 +419,8 @@ class Scheduler:
                 if callbacks:
                     turn.callbacks.append((job, callbacks))
                 ended.append(job)
-            elif event.job_id in unopened and type(event) is not DonePickled:
-                self._open_later(turn, job, event)  # what it has said before comes first
+            elif event.job_id in unopened and type(event) not in _AT_ONCE:
+                self._take_in_later(turn, job, event)
             else:
                 handlers[type(event)](turn, job, event)
                 plain = plain and not unopened
@@ -430,8 +432,8 @@ class Scheduler:
         if not self._unopened[job_id]:
             del self._unopened[job_id]
         job = self._out.get(job_id)
-        if type(event) is not DonePickled:
-            if job is not None and job.in_backend:
+        if type(event) not in (Done, DonePickled):
+            if job is not None and (job.in_backend or job_id in self._returned):
                 self._handlers[type(opened)](turn, job, opened)
         elif job_id in self._returned and job is not None:
             self._returned.remove(job_id)
@@ -514,8 +516,10 @@ class Scheduler:
     def _on_ended(self, turn: _Turn, job: Job, event: Ended) -> None:
         self._endings.ended(job, event.measured)
 
-    def _on_done_pickled(self, turn: _Turn, job: Job, event: DonePickled) -> None:
-        """Its run is over, and has nothing to do with the backend any more; what it returned is read in peace."""
+    def _end_later(self, turn: _Turn, job: Job, event: Done | DonePickled) -> None:
+        """Its run is over, and has nothing to do with the backend any more; what it recorded and returned is read in
+        peace.
+        """
         self._leave_backend(job)
         if event.measured is not None:
             self._endings.arrived(job, event.measured)
@@ -523,6 +527,15 @@ class Scheduler:
                 job.start(event.measured[0], event.worker)  # over so soon that nobody told of its start
                 turn.progressed.append(job)
         self._returned.add(job.id)
+        self._open_later(turn, job, event)
+
+    def _take_in_later(self, turn: _Turn, job: Job, event: Event) -> None:
+        """The records that the job sent before are still being unpickled, and come first."""
+        if isinstance(event, Done):
+            self._end_later(turn, job, event)
+            return
+        if isinstance(event, Failed | Lost):  # the run is over: the time until this is taken in does not count
+            self._endings.arrived(job, event.measured if isinstance(event, Failed) else None)
         self._open_later(turn, job, event)
 
     def _open_later(self, turn: _Turn, job: Job, event: Event) -> None:

@@ -75,6 +75,37 @@ class BackendOutputs(BackendFixtures):
         assert (before, after) == ({"step": 0}, {"step": 2})
         assert "could not be rebuilt" in bad["evalkit_error"]
 
+    @pytest.mark.parametrize("output", ["a plain value", "an object"])
+    def test_slow_records_come_before_the_output(self, make: Make, output: str) -> None:
+        """They are still being rebuilt when the output arrives."""
+        self._need_rebuilding()
+        evaluator = make(_record_what_is_slow)
+        (job,) = evaluator.submit([{"output": output}])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+        assert job.state is JobState.DONE
+        assert [(record["step"], type(record["value"]).__name__) for record in job.records] == [
+            (step, "_SlowToRebuild") for step in range(3)
+        ]
+
+    @pytest.mark.parametrize("output", ["a plain value", "an object"])
+    def test_a_run_that_is_over_is_done_though_the_search_is_stopped(self, make: Make, output: str) -> None:
+        """What it recorded is still being rebuilt at that time."""
+        self._need_rebuilding()
+        evaluator = make(_record_what_is_slow)
+        (job,) = evaluator.submit([{"output": output}])
+        eventually(lambda: job.records, "the first record")
+        evaluator.stop("enough")
+        in_background(evaluator.gather, "ALL").result(BOUND)
+        assert (job.state, len(job.records)) == (JobState.DONE, 3)
+
+    def test_a_crash_behind_slow_records_is_no_timeout(self, make: Make) -> None:
+        self._need_rebuilding()
+        self.need(self.can.isolates_crashes, "process for each job")
+        evaluator = make(_record_what_is_slow, job_timeout=_LIMIT)
+        (job,) = evaluator.submit([{"output": "none, since it dies"}])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+        assert (job.state, job.cause) == (JobState.FAILED, JobCause.CRASH)
+
     def test_the_time_of_a_job_ends_when_its_function_returns(self, make: Make) -> None:
         """What it takes to send the output and to rebuild it is not the job's."""
         self._need_rebuilding()
@@ -160,6 +191,25 @@ def _record_what_misbehaves(job: Any) -> str:
     job.record(value=_Misbehaving(job["how"]))
     job.record(step=2)
     return "done"
+
+
+class _SlowToRebuild:
+    """Takes a while to be rebuilt in another process than the one that made it."""
+
+    def __init__(self, pid: int | None = None) -> None:
+        if pid not in (None, os.getpid()):
+            time.sleep(_LIMIT / 2)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SlowToRebuild, (os.getpid(),)
+
+
+def _record_what_is_slow(job: Any) -> Any:
+    for step in range(3):
+        job.record(step=step, value=_SlowToRebuild())
+    if job["output"] == "none, since it dies":
+        os._exit(3)
+    return _SlowToRebuild() if job["output"] == "an object" else job["output"]
 
 
 class _SlowToPickle:
