@@ -115,6 +115,29 @@ def test_a_job_of_parameters_that_was_being_submitted_is_cancelled() -> None:
         assert [job.is_complete for job in jobs] == [True]
 
 
+def test_an_execute_waits_for_one_that_hands_the_job_back() -> None:
+    gate = Gate()
+
+    async def main(evaluator: Evaluator, job: Job) -> Job:
+        first = asyncio.create_task(evaluator.execute(job))
+        while not gate.reached.is_set():
+            await asyncio.sleep(0.001)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        second = asyncio.create_task(evaluator.execute(job))
+        await asyncio.sleep(0.1)
+        assert not second.done(), "the first one still has the job"
+        gate.open.set()
+        return await second
+
+    with Evaluator.create(echo, "thread", {"callbacks": [WaitsInGather(gate)]}) as evaluator:
+        (job,) = evaluator.submit([{"x": 1}])
+        assert in_background(asyncio.run, main(evaluator, job)).result(BOUND) is job
+        assert evaluator.gather("ALL") == []
+        assert evaluator.num_jobs_gathered == 1
+
+
 @pytest.mark.parametrize("method", ["serial", "thread", "process"])
 def test_awaits_that_are_cancelled_at_any_moment_lose_nothing(method: str) -> None:
     rng = random.Random(3)

@@ -94,23 +94,36 @@ def test_a_run_that_ended_in_time_counts_though_it_was_asked_to_stop(
     backend = _Told(1)
     with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
         (job,) = evaluator.submit([{}])
-        backend.emit([Started(job.id, time.time())])
+        start = time.time()
+        backend.emit([Started(job.id, start)])
         eventually(lambda: backend.asked, "the request to stop")
-        now = time.time()
-        backend.emit([Done(job.id, "output", (now - took, now, None, None))])
+        backend.emit([Done(job.id, "output", (start, start + took, None, None))])
         in_background(evaluator.gather, "ALL").result(BOUND)
     assert (job.state, job.cause, job.output) == (state, cause, "output")
+
+
+def test_a_run_that_began_late_and_heeded_the_request_is_out_of_time() -> None:
+    """It is shorter than the limit, since it began a while after that was told, and what it returns may be a part."""
+    backend = _Told(1)
+    with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
+        (job,) = evaluator.submit([{}])
+        start = time.time()
+        backend.emit([Started(job.id, start)])
+        eventually(lambda: backend.asked, "the request to stop")
+        backend.emit([Done(job.id, "a part", (start + 0.15, start + 0.25, None, None))])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+    assert job.cause is JobCause.TIMEOUT
 
 
 def test_an_exception_that_came_in_time_is_told_as_that() -> None:
     backend = _Told(1)
     with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
         (job,) = evaluator.submit([{}])
-        backend.emit([Started(job.id, time.time())])
+        start = time.time()
+        backend.emit([Started(job.id, start)])
         eventually(lambda: backend.asked, "the request to stop")
-        now = time.time()
         error = ErrorInfo("ValueError", "no")
-        backend.emit([Failed(job.id, JobCause.EXCEPTION, error, (now - 0.1, now, None, None))])
+        backend.emit([Failed(job.id, JobCause.EXCEPTION, error, (start, start + 0.1, None, None))])
         in_background(evaluator.gather, "ALL").result(BOUND)
     assert (job.cause, job.error) == (JobCause.EXCEPTION, error)
 

@@ -45,6 +45,7 @@ class Awaiter:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="evalkit-await")
         self._lend = lend
         self._lock = threading.Lock()
+        self._taken: dict[str, Future[None]] = {}  # jobs that an await is about to gather -> done when that is settled
         self._lent: deque[Job] = deque()
         self._lending = False
 
@@ -62,17 +63,38 @@ class Awaiter:
 
     async def _gather(self, job: Job) -> Job:
         await self._end_of(job)
-        taking = self._threads.submit(self._take, job)
+        while (other := self._begin_to_take(job)) is not None:
+            await asyncio.shield(asyncio.wrap_future(other))
+        try:
+            taking = self._threads.submit(self._take, job)
+        except RuntimeError:  # the evaluator was closed
+            self._end_of_taking(job)
+            raise
         try:
             await asyncio.wrap_future(taking)
         except BaseException:  # the await was cancelled, and the thread may have taken the job all the same
             taking.add_done_callback(partial(self._hand_back, job))
             raise
+        self._end_of_taking(job)
         return job
+
+    def _begin_to_take(self, job: Job) -> Future[None] | None:
+        """Have this job for oneself; or return what ends when another await has gathered it, or handed it back."""
+        with self._lock:
+            other = self._taken.get(job.id)
+            if other is None:
+                self._taken[job.id] = Future()
+            return other
+
+    def _end_of_taking(self, job: Job) -> None:
+        with self._lock:
+            settled = self._taken.pop(job.id)
+        settled.set_result(None)
 
     def _hand_back(self, job: Job, taking: Future[bool]) -> None:
         if not taking.cancelled() and taking.exception() is None and taking.result():
             self._put_back(job)
+        self._end_of_taking(job)
 
     async def _end_of(self, job: Job) -> None:
         """Return when the job has ended."""

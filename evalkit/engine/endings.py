@@ -59,7 +59,7 @@ class Endings:
     def ended(self, job: Job, measured: Measured) -> None:
         """With the lock: a run has ended, and its output is on the way."""
         self.arrived(job, measured)
-        if self._in_time(measured):
+        if self._in_time(job, measured):
             limit = self._output_timeout
             self._set_limit(job, limit, f"its output did not arrive within output_timeout={limit:g} s after its run")
 
@@ -70,8 +70,10 @@ class Endings:
             measured: None if the run did not come to its own end.
         """
         self._limits.pop(job.id, None)
-        if job.state is not JobState.CANCELLING and measured is not None and self._in_time(measured):
-            self.dooms.pop(job.id, None)
+        if job.id not in self.dooms or job.state is JobState.CANCELLING or measured is None:
+            return
+        if self._in_time(job, measured):
+            del self.dooms[job.id]
 
     def over(self, job: Job, measured: Measured | None = None) -> str | None:
         """With the lock: there is nothing more to come of a run. Return why it was to end, if it was.
@@ -83,16 +85,21 @@ class Endings:
         if self._limits:
             self._limits.pop(job.id, None)
         doom = self.dooms.pop(job.id, None) if self.dooms else None
-        return None if doom is not None and measured is not None and self._in_time(measured) else doom
+        return None if doom is not None and measured is not None and self._in_time(job, measured) else doom
 
     def ask(self, job: Job, attempt: int) -> None:
         """Without the lock: ask a run that is in :attr:`dooms` to stop, and see to it that it does."""
         self._backend.cancel(job.id, kill=False)
         self._timers.judge_later(self._patience, self._kill, job, attempt)
 
-    def _in_time(self, measured: Measured) -> bool:
-        start, end = measured[0], measured[1]
-        return end is not None and end - start < self._job_timeout < math.inf
+    def _in_time(self, job: Job, measured: Measured) -> bool:
+        """Whether a run ended within its limit, and so before it can have heard that it was to stop.
+
+        As the limit does, this counts from when the worker said that it starts; the run itself may have begun later.
+        """
+        start, end = job.status.start_timestamp, measured[1]
+        begin = measured[0] if start is None else min(start, measured[0])
+        return end is not None and end - begin < self._job_timeout < math.inf
 
     def _kill(self, job: Job, attempt: int) -> None:
         with self._lock:
