@@ -348,7 +348,11 @@ class Evaluator:
         since nobody holds it; the next gather returns it as well.
 
         Returns:
-            the job, ended and in the storage; no later ``gather`` returns it.
+            the job, ended and in the storage; no later ``gather`` returns it. An await that is under way when the
+            evaluator is closed returns the job as well, which is CANCELLED if it had not ended.
+
+        Raises:
+            EvaluatorClosedError: parameters are given after ``close``.
         """
         # Here, since asyncio takes a third of the time that evalkit takes to import.
         from evalkit.engine.awaiting import Awaiter
@@ -356,6 +360,8 @@ class Evaluator:
         if self._awaiter is None:
             lend = self._backend.runs_in_caller
             self._awaiter = Awaiter(self.submit, self._take, self._scheduler.put_back, lend)
+            if self._budget.closed:
+                self._awaiter.close()
         return await self._awaiter.execute(job)
 
     def _take(self, job: Job) -> bool:
@@ -509,8 +515,6 @@ class Evaluator:
             self._scheduler.give_up(_CLOSED)
             self._timers.close()
             self._slow_timers.close()
-            if self._awaiter is not None:
-                self._awaiter.close()
             try:
                 # A submit that was under way says of its jobs that they were withdrawn; that is written too.
                 if self._submitting.acquire(timeout=_LAST_SUBMIT):
@@ -523,6 +527,8 @@ class Evaluator:
                         self._storage.close()
                 finally:
                     _open.discard(self)
+                    if self._awaiter is not None:
+                        self._awaiter.close()
                     self._backend.release(exc)
         return [job for job in unfinished if job.state is JobState.CANCELLED]
 

@@ -1,4 +1,4 @@
-"""``await evaluator.execute(...)`` that is cancelled: no job is lost."""
+"""``await evaluator.execute(...)`` that is cancelled, or whose evaluator is closed: no job is lost."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from evalkit import Callback, Evaluator, Job, JobState
+from evalkit.errors import EvaluatorClosedError
 from evalkit.storage import MemoryStorage
-from evalkit.testing.backend_fixtures import BOUND, Files, in_background
+from evalkit.testing.backend_fixtures import BOUND, Files, eventually, in_background
 from evalkit.testing.functions import Plain, echo, hold
 
 
@@ -161,3 +162,36 @@ def test_awaits_that_are_cancelled_at_any_moment_lose_nothing(method: str) -> No
     with Evaluator.create(echo, method, {"num_workers": 2}) as evaluator:
         in_background(asyncio.run, main(evaluator)).result(BOUND)
         assert evaluator.num_jobs_gathered == 200
+
+
+@pytest.mark.parametrize("method", ["serial", "thread", "process"])
+def test_an_await_that_is_under_way_at_the_close_returns_its_job(method: str, files: Files) -> None:
+    evaluator = Evaluator.create(Plain(hold), method, {"grace": 0.1})
+
+    async def main() -> Job:
+        waiting = asyncio.create_task(evaluator.execute(job))
+        await asyncio.to_thread(files.wait_started, "held")
+        closing = asyncio.create_task(asyncio.to_thread(evaluator.close))
+        await asyncio.sleep(0)
+        files.release("held")
+        await closing
+        return await waiting
+
+    (job,) = evaluator.submit([files.holder("held")])
+    assert in_background(asyncio.run, main()).result(BOUND) is job
+    assert job.is_complete
+
+
+@pytest.mark.parametrize("method", ["serial", "thread"])
+@pytest.mark.parametrize("before", [True, False])
+def test_execute_after_the_close_refuses_parameters_and_leaves_no_thread(method: str, before: bool) -> None:
+    threads = set(threading.enumerate())
+    with Evaluator.create(Plain(echo), method) as evaluator:
+        jobs = evaluator.submit([{"x": 1}, {"x": 2}])
+        evaluator.gather("ALL")
+        if before:
+            asyncio.run(evaluator.execute({"x": 3}))
+    assert asyncio.run(evaluator.execute(jobs[0])) is jobs[0]
+    with pytest.raises(EvaluatorClosedError):
+        asyncio.run(evaluator.execute({"x": 4}))
+    eventually(lambda: set(threading.enumerate()) <= threads, "the end of the threads")

@@ -53,7 +53,7 @@ class Awaiter:
         """Gather one job, or that of these parameters; see :meth:`evalkit.Evaluator.execute`."""
         if isinstance(job, Job):
             return await self._gather(job)
-        submitting = self._threads.submit(self._submit, [job])
+        submitting = self._start(self._submit, [job])
         try:
             (own,) = await asyncio.wrap_future(submitting)
             return await self._gather(own)
@@ -65,11 +65,7 @@ class Awaiter:
         await self._end_of(job)
         while (other := self._begin_to_take(job)) is not None:
             await asyncio.shield(asyncio.wrap_future(other))
-        try:
-            taking = self._threads.submit(self._take, job)
-        except RuntimeError:  # the evaluator was closed
-            self._end_of_taking(job)
-            raise
+        taking = self._start(self._take, job)
         try:
             await asyncio.wrap_future(taking)
         except BaseException:  # the await was cancelled, and the thread may have taken the job all the same
@@ -95,6 +91,18 @@ class Awaiter:
         if not taking.cancelled() and taking.exception() is None and taking.result():
             self._put_back(job)
         self._end_of_taking(job)
+
+    def _start(self, function: Callable[[Any], Any], subject: Any) -> Future[Any]:
+        """Have a thread call this."""
+        try:
+            return self._threads.submit(function, subject)
+        except RuntimeError:  # closed: nothing blocks any more, and who waited until now gets the job all the same
+            called: Future[Any] = Future()
+            try:
+                called.set_result(function(subject))
+            except BaseException as exc:  # noqa: BLE001 - it is for who awaits
+                called.set_exception(exc)
+            return called
 
     async def _end_of(self, job: Job) -> None:
         """Return when the job has ended."""
