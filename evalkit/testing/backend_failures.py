@@ -301,6 +301,12 @@ class BackendTimeouts(BackendFixtures):
         assert (job.state, job.cause) == (JobState.FAILED, JobCause.TIMEOUT)
         eventually(lambda: not any(map(runs, pids)), "the end of all that the job had started")
 
+    def test_another_attempt_is_not_asked_to_stop_for_the_one_before(self, make: Make) -> None:
+        evaluator = make(functions.late_at_first, job_timeout=0.5, grace=BOUND, retries=RetryPolicy(timeout=1))
+        (job,) = evaluator.submit([{"seconds": 1.0}])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+        assert (job.state, job.attempt, job.output) == (JobState.DONE, 1, False)
+
     def test_timeouts_are_tried_again_if_the_policy_says_so(self, make: Make) -> None:
         self.need(self.can.kills_running or self.inline, "way to end a job")
         evaluator = make(functions.nap, num_workers=2, job_timeout=0.2, retries=RetryPolicy(timeout=1))

@@ -56,6 +56,7 @@ __all__ = [
     "make_point",
     "mark",
     "meddle",
+    "late_at_first",
     "nap",
     "occupy",
     "report_nan",
@@ -500,6 +501,14 @@ def nap(job: RunningJob) -> Steps:
     while time.monotonic() < end:
         yield
     return job["seconds"]
+
+
+def late_at_first(job: RunningJob) -> Steps:
+    """Take ``seconds`` at the first attempt, without asking whether to stop; later return whether to stop."""
+    if job.attempt == 0:
+        yield from nap(job)
+        return "late"
+    return job.stopped()
 
 
 async def slow_square(job: RunningJob) -> float:

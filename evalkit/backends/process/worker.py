@@ -214,9 +214,11 @@ class _Worker:
             if kind == Kind.TASKS:
                 for index, (job_id, attempt, args) in enumerate(pickle.loads(payload)):
                     self._tasks.append((index < granted, job_id, attempt, args))
+                    self._stop.discard(job_id)  # an attempt before was asked, and had returned by then
             elif kind == Kind.LARGE_TASK:
                 job_id, attempt, data = pickle.loads(payload)
                 self._tasks.append((bool(granted), job_id, attempt, (data, buffers)))
+                self._stop.discard(job_id)
             elif kind == Kind.STOP:
                 self._stop.add(pickle.loads(payload))
             elif kind == Kind.DROP:
