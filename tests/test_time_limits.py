@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from evalkit import Evaluator, JobCause, JobState
+from evalkit import Evaluator, JobCause, JobState, RetryPolicy
 from evalkit.backends import Backend, Done, Failed, Started, Task
-from evalkit.job import ErrorInfo
+from evalkit.engine.clock import Clock
+from evalkit.engine.endings import Endings
+from evalkit.job import ErrorInfo, Job
 from evalkit.testing.backend_fixtures import BOUND, eventually, in_background
 
 _STOPPED = """
@@ -138,3 +143,51 @@ def test_the_time_counts_from_when_the_worker_says_that_the_job_started() -> Non
         eventually(lambda: backend.asked, "the request to stop")
         backend.emit([Done(job.id, 1)])
     assert job.cause is JobCause.TIMEOUT
+
+
+def test_an_attempt_is_not_asked_to_stop_though_the_one_before_was_out_of_time() -> None:
+    """Two jobs are out of time at once; the second ends while the first is asked to stop."""
+
+    class Ends(_Told):
+        def cancel(self, job_id: str, kill: bool) -> None:
+            super().cancel(job_id, kill)
+            if job_id == first.id and len(self.tasks) == 2:
+                self.emit([Failed(second.id, JobCause.EXCEPTION, ErrorInfo("ValueError", "no"))])
+
+    backend = Ends(2)
+    with Evaluator(_hang, backend, job_timeout=0.3, grace=BOUND, retries=RetryPolicy(timeout=1)) as evaluator:
+        first, second = evaluator.submit([{}, {}])
+        backend.emit([Started(job.id, time.time(), None, time.monotonic()) for job in (first, second)])
+        eventually(lambda: len(backend.tasks) == 3, "the next attempt of the second")
+        now = time.time()
+        backend.emit([Done(job.id, 2, (now - 0.1, now, None, None)) for job in (first, second)])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+        assert backend.asked == [False]
+    assert (second.state, second.attempt, second.output) == (JobState.DONE, 1, 2)
+
+
+def test_a_check_of_the_limits_that_was_overtaken_is_not_repeated() -> None:
+    """Each run has two limits, of which the second may be the earlier: so there are more checks than needed."""
+
+    class Counts(Clock):
+        checks = 0
+
+        def judge_later(self, delay: float, function: Callable[..., None], *args: Any) -> None:
+            self.checks += 1
+            super().judge_later(delay, function, *args)
+
+    clock, lock, measured = Counts(), threading.Lock(), (0.0, 0.0, None, None)
+    endings = Endings(_Told(1), clock, lock, job_timeout=1.0, output_timeout=0.005, grace=BOUND)
+    lasting, short = Job("lasting", {}), Job("short", {})
+    with contextlib.closing(clock):
+        endings.started(lasting, None)
+        for _ in range(30):
+            with lock:
+                endings.ended(short, measured)
+                endings.arrived(short, measured)
+            time.sleep(0.01)
+        with lock:
+            endings.started(lasting, None)
+        clock.checks = 0
+        time.sleep(1.2)  # the first limit of the lasting one has passed, and was checked
+        assert clock.checks < 10

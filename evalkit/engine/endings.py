@@ -89,8 +89,8 @@ class Endings:
 
     def ask(self, job: Job, attempt: int) -> None:
         """Without the lock: ask a run that is in :attr:`dooms` to stop, and see to it that it does."""
-        self._backend.cancel(job.id, kill=False)
-        self._timers.judge_later(self._patience, self._kill, job, attempt)
+        self._cancel(job, attempt, kill=False)
+        self._timers.judge_later(self._patience, self._cancel, job, attempt, True)
 
     def _in_time(self, job: Job, measured: Measured) -> bool:
         """Whether a run ended within its limit, and so before it can have heard that it was to stop.
@@ -101,11 +101,11 @@ class Endings:
         begin = measured[0] if start is None else min(start, measured[0])
         return end is not None and end - begin < self._job_timeout < math.inf
 
-    def _kill(self, job: Job, attempt: int) -> None:
+    def _cancel(self, job: Job, attempt: int, kill: bool) -> None:
         with self._lock:
             if job.id not in self.dooms or job.attempt != attempt:
                 return  # it is over; what runs by now is another attempt
-        self._backend.cancel(job.id, kill=True)
+        self._backend.cancel(job.id, kill)
 
     def _set_limit(self, job: Job, seconds: float, reason: str) -> None:
         due = time.monotonic() + seconds
