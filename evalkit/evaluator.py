@@ -359,21 +359,11 @@ class Evaluator:
 
         if self._awaiter is None:
             lend = self._backend.runs_in_caller
-            self._awaiter = Awaiter(self.submit, self._take, self._scheduler.put_back, lend)
+            scheduler = self._scheduler
+            self._awaiter = Awaiter(self.submit, scheduler.take, scheduler.put_back, self._hand_over, lend)
             if self._budget.closed:
                 self._awaiter.close()
         return await self._awaiter.execute(job)
-
-    def _take(self, job: Job) -> bool:
-        """Gather this one; say whether nobody had."""
-        if not self._scheduler.take(job):
-            return False
-        try:
-            self._hand_over([job])
-        except BaseException:
-            self._scheduler.put_back(job)
-            raise
-        return True
 
     # -- budget ---------------------------------------------------------------------------------------------------
 

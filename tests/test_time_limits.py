@@ -157,10 +157,10 @@ def test_an_attempt_is_not_asked_to_stop_though_the_one_before_was_out_of_time()
     backend = Ends(2)
     with Evaluator(_hang, backend, job_timeout=0.3, grace=BOUND, retries=RetryPolicy(timeout=1)) as evaluator:
         first, second = evaluator.submit([{}, {}])
-        backend.emit([Started(job.id, time.time(), None, time.monotonic()) for job in (first, second)])
+        start = time.time()
+        backend.emit([Started(job.id, start, None, time.monotonic()) for job in (first, second)])
         eventually(lambda: len(backend.tasks) == 3, "the next attempt of the second")
-        now = time.time()
-        backend.emit([Done(job.id, 2, (now - 0.1, now, None, None)) for job in (first, second)])
+        backend.emit([Done(job.id, 2, (start, start + 0.1, None, None)) for job in (first, second)])
         in_background(evaluator.gather, "ALL").result(BOUND)
         assert backend.asked == [False]
     assert (second.state, second.attempt, second.output) == (JobState.DONE, 1, 2)

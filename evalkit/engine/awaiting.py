@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from evalkit.job import Job
@@ -26,8 +25,9 @@ class Awaiter:
 
     Args:
         submit: ``submit([parameters])`` returns the jobs.
-        take: ``take(job)`` gathers a job that has ended; returns whether nobody had before.
+        take: ``take(job)`` takes a job that has ended; returns whether nobody had before. Does not wait.
         put_back: ``put_back(job)`` undoes that.
+        hand_over: ``hand_over([job])`` does what has to be done before a job is returned.
         lend: whether jobs run in the thread that waits for them; one thread, which lives while there are such jobs,
             then does.
     """
@@ -37,15 +37,16 @@ class Awaiter:
         submit: Callable[[list[Mapping[str, Any]]], list[Job]],
         take: Callable[[Job], bool],
         put_back: Callable[[Job], None],
+        hand_over: Callable[[list[Job]], object],
         lend: bool,
     ) -> None:
         self._submit = submit
         self._take = take
         self._put_back = put_back
+        self._hand_over = hand_over
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="evalkit-await")
         self._lend = lend
         self._lock = threading.Lock()
-        self._taken: dict[str, Future[None]] = {}  # jobs that an await is about to gather -> done when that is settled
         self._lent: deque[Job] = deque()
         self._lending = False
 
@@ -63,34 +64,14 @@ class Awaiter:
 
     async def _gather(self, job: Job) -> Job:
         await self._end_of(job)
-        while (other := self._begin_to_take(job)) is not None:
-            await asyncio.shield(asyncio.wrap_future(other))
-        taking = self._start(self._take, job)
-        try:
-            await asyncio.wrap_future(taking)
-        except BaseException:  # the await was cancelled, and the thread may have taken the job all the same
-            taking.add_done_callback(partial(self._hand_back, job))
-            raise
-        self._end_of_taking(job)
+        if self._take(job):
+            try:
+                await asyncio.wrap_future(self._start(self._hand_over, [job]))
+            except BaseException:
+                # Here and not in the thread, which may take long: who sees that the await was cancelled gathers next.
+                self._put_back(job)
+                raise
         return job
-
-    def _begin_to_take(self, job: Job) -> Future[None] | None:
-        """Have this job for oneself; or return what ends when another await has gathered it, or handed it back."""
-        with self._lock:
-            other = self._taken.get(job.id)
-            if other is None:
-                self._taken[job.id] = Future()
-            return other
-
-    def _end_of_taking(self, job: Job) -> None:
-        with self._lock:
-            settled = self._taken.pop(job.id)
-        settled.set_result(None)
-
-    def _hand_back(self, job: Job, taking: Future[bool]) -> None:
-        if not taking.cancelled() and taking.exception() is None and taking.result():
-            self._put_back(job)
-        self._end_of_taking(job)
 
     def _start(self, function: Callable[[Any], Any], subject: Any) -> Future[Any]:
         """Have a thread call this."""
