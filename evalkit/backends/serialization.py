@@ -18,6 +18,7 @@ from typing import Any
 import cloudpickle
 
 from evalkit.errors import SerializationError
+from evalkit.usercode import describe_error
 
 __all__ = ["OUT_OF_BAND_BYTES", "Packer", "dumps", "explain", "loads", "pack_exception", "unpack_exception"]
 
@@ -145,16 +146,16 @@ def pack_exception(exc: BaseException) -> bytes:
     """An exception as it travels; a description of it if it holds something that does not."""
     try:
         return pickle.dumps(exc)
-    except Exception:  # noqa: BLE001 - it holds something that does not travel
-        return pickle.dumps(RuntimeError(f"{type(exc).__name__}: {exc}"))
+    except BaseException:  # noqa: BLE001 - it holds something that does not travel, or exits when it is pickled
+        return pickle.dumps(RuntimeError(describe_error(exc)))
 
 
 def unpack_exception(data: bytes) -> BaseException:
     """The inverse of :func:`pack_exception`; an exception that says so, if it cannot be rebuilt here."""
     try:
         exc: BaseException = pickle.loads(data)
-    except Exception as failure:  # noqa: BLE001 - an exception may want more arguments than it was pickled with
-        return RuntimeError(f"what became of a call cannot be read: {type(failure).__name__}: {failure}")
+    except BaseException as failure:  # noqa: BLE001 - it may want more arguments than it has, or exit when it is rebuilt
+        return RuntimeError(f"what became of a call cannot be read: {describe_error(failure)}")
     return exc
 
 
