@@ -4,14 +4,14 @@ A plugin is a module that implements some of them, named by an entry point in th
 
     # pyproject.toml
     [project.entry-points.evalkit]
-    dask = "evalkit_dask.plugin"
+    pool = "evalkit_pool.plugin"
 
-    # evalkit_dask/plugin.py
+    # evalkit_pool/plugin.py
     from evalkit.hookspecs import BackendSpec, hookimpl
 
     @hookimpl
     def evalkit_backends():
-        return [BackendSpec("dask", "evalkit_dask.backend:DaskBackend", install="pip install distributed")]
+        return [BackendSpec("pool", "evalkit_pool.backend:PoolBackend")]
 """
 
 from __future__ import annotations
