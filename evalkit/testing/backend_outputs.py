@@ -91,7 +91,7 @@ class BackendOutputs(BackendFixtures):
     def test_a_run_that_is_over_is_done_though_the_search_is_stopped(self, make: Make, output: str) -> None:
         """What it recorded is still being rebuilt at that time."""
         self._need_rebuilding()
-        evaluator = make(_record_what_is_slow)
+        evaluator = make(_record_what_is_slow, num_workers=1)
         # There is one worker: when the second job has ended, so has the run of the first.
         job, after = evaluator.submit([{"output": output}, {"output": "a plain value", "records": 0}])
         assert in_background(after.wait, BOUND).result(BOUND)

@@ -87,7 +87,7 @@ def test_memory_that_processes_share_counts_once(make: Make) -> None:
 
 
 def test_a_limit_below_what_a_worker_takes_by_itself_is_said(make: Make) -> None:
-    evaluator = make(functions.echo, job_memory="1MB")
+    evaluator = make(lambda job: time.sleep(BOUND), job_memory="1MB")  # longer than it takes to look
     (job,) = evaluator.submit([{"x": 1}])
     gather(evaluator)
     assert job.is_failed
