@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from evalkit import Evaluator, JobCause, JobState, RetryPolicy
-from evalkit.backends import Backend, Done, Failed, Started, Task
+from evalkit.backends import Backend, Done, Event, Failed, Started, Task
 from evalkit.engine.clock import Clock
 from evalkit.engine.endings import Endings
 from evalkit.job import ErrorInfo, Job
@@ -90,46 +90,40 @@ class _Told(Backend):
         pass
 
 
+def _end_when_asked(end: Callable[[str, float], Event]) -> Job:
+    """Have a job start, and end as ``end(job_id, start)`` says once it was asked to stop for its limit."""
+    backend = _Told(1)
+    with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
+        (job,) = evaluator.submit([{}])
+        start = time.time()
+        backend.emit([Started(job.id, start)])
+        eventually(lambda: backend.asked, "the request to stop")
+        backend.emit([end(job.id, start)])
+        in_background(evaluator.gather, "ALL").result(BOUND)
+    return job
+
+
 @pytest.mark.parametrize(
     ("took", "state", "cause"), [(0.1, JobState.DONE, None), (9.0, JobState.FAILED, JobCause.TIMEOUT)]
 )
 def test_a_run_that_ended_in_time_counts_though_it_was_asked_to_stop(
     took: float, state: JobState, cause: JobCause | None
 ) -> None:
-    backend = _Told(1)
-    with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
-        (job,) = evaluator.submit([{}])
-        start = time.time()
-        backend.emit([Started(job.id, start)])
-        eventually(lambda: backend.asked, "the request to stop")
-        backend.emit([Done(job.id, "output", (start, start + took, None, None))])
-        in_background(evaluator.gather, "ALL").result(BOUND)
+    job = _end_when_asked(lambda job_id, start: Done(job_id, "output", (start, start + took, None, None)))
     assert (job.state, job.cause, job.output) == (state, cause, "output")
 
 
 def test_a_run_that_began_late_and_heeded_the_request_is_out_of_time() -> None:
     """It is shorter than the limit, since it began a while after that was told, and what it returns may be a part."""
-    backend = _Told(1)
-    with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
-        (job,) = evaluator.submit([{}])
-        start = time.time()
-        backend.emit([Started(job.id, start)])
-        eventually(lambda: backend.asked, "the request to stop")
-        backend.emit([Done(job.id, "a part", (start + 0.15, start + 0.25, None, None))])
-        in_background(evaluator.gather, "ALL").result(BOUND)
+    job = _end_when_asked(lambda job_id, start: Done(job_id, "a part", (start + 0.15, start + 0.25, None, None)))
     assert job.cause is JobCause.TIMEOUT
 
 
 def test_an_exception_that_came_in_time_is_told_as_that() -> None:
-    backend = _Told(1)
-    with Evaluator(_hang, backend, job_timeout=0.2, grace=BOUND) as evaluator:
-        (job,) = evaluator.submit([{}])
-        start = time.time()
-        backend.emit([Started(job.id, start)])
-        eventually(lambda: backend.asked, "the request to stop")
-        error = ErrorInfo("ValueError", "no")
-        backend.emit([Failed(job.id, JobCause.EXCEPTION, error, (start, start + 0.1, None, None))])
-        in_background(evaluator.gather, "ALL").result(BOUND)
+    error = ErrorInfo("ValueError", "no")
+    job = _end_when_asked(
+        lambda job_id, start: Failed(job_id, JobCause.EXCEPTION, error, (start, start + 0.1, None, None))
+    )
     assert (job.cause, job.error) == (JobCause.EXCEPTION, error)
 
 
